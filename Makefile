@@ -1,0 +1,59 @@
+# The two commands: `make up` and `make test`. Everything else is listed by `make help`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PYTHONPATH := src
+
+.PHONY: help up down test test-unit test-real lint format bench reproduce clean venv
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off --editable '.[dev]'
+	touch $@
+
+venv: $(STAMP)  ## install everything into $(VENV)
+
+system:  ## Debian packages the tests and the testbed need (as root; otherwise says what is missing)
+	@.ci/system-packages
+
+up: $(STAMP) system  ## start the suite, run the main job, leave it running (ONESHOT=1 stops by itself)
+	$(BIN)/intentctl up --main-job $(if $(ONESHOT),--oneshot,--detach)
+
+down:  ## stop the suite that `make up` left running
+	$(BIN)/intentctl down
+
+test: $(STAMP) system test-unit test-real  ## all tests
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit tests/sim -n 2
+
+test-real: $(STAMP)
+	$(BIN)/python -m pytest tests/real
+
+lint: $(STAMP)  ## ruff, mypy strict, import-linter, codespell
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy src
+	$(BIN)/lint-imports
+	$(BIN)/codespell README.md CHANGELOG.md docs core daemons agent controller proxy testbed
+
+format: $(STAMP)  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## every benchmark (slow)
+	@for b in benchmarks/[a-z]*.py; do m=$$(basename $$b .py); echo "== $$m"; $(BIN)/python -m benchmarks.$$m --json; done
+
+reproduce: reproduce-flows  ## every study beside its published figures (slow)
+
+reproduce-flows: $(STAMP)
+	$(BIN)/intentctl testbed run all
+
+clean:  ## remove what builds and runs left behind
+	rm -rf $(VENV) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

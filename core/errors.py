@@ -1,0 +1,36 @@
+"""The errors of the suite; each message names the thing, the value and what was expected."""
+
+from __future__ import annotations
+
+
+class IntentdError(Exception):
+    """Root of every error the suite raises on purpose."""
+
+
+class InputError(IntentdError):
+    """Something that came from outside is wrong.
+
+    field: path of the offending value, such as ``classes[2].weight``.
+    """
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        self.field = field
+        self.value = value
+        self.expected = expected
+        super().__init__(f"{field}: got {value!r}, expected {expected}")
+
+
+class ConfigError(InputError):
+    """A configuration file or environment override is wrong; the field carries the path."""
+
+
+class PolicyError(InputError):
+    """A policy does not validate; it is refused whole."""
+
+
+class WireError(IntentdError):
+    """Bytes that are not a message of ours. Dropped and counted, never fatal."""
+
+
+class StateError(IntentdError):
+    """A transition the state machine forbids (a programmer error); the text tells the story."""

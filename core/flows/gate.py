@@ -1,0 +1,339 @@
+"""The gate of one link domain: which flows may send now (dissertation, section 2.4.4).
+
+Local decisions only: order across hosts is the turn protocol's. Pure: events and `now` in,
+releases out. Daemon, simulator and tests drive this same object.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Final
+
+from intentd.core.errors import InputError, IntentdError, StateError
+from intentd.core.flows.boost import boost_s
+from intentd.core.flows.policy import UNLIMITED, ClassPolicy, DomainPolicy
+
+ORDERED: Final = ""
+TIMEOUT: Final = "timeout"
+EARLY_FIN: Final = "early_fin"
+MAX_FLOWS: Final = 100_000
+MAX_SIZE_BYTES: Final = 2**63 - 1
+_COMPACT_FROM: Final = 64
+
+
+class GateFullError(IntentdError):
+    """The gate holds as many flows as it may; the arrival was refused and nothing changed."""
+
+    def __init__(self, domain: str, limit: int) -> None:
+        self.limit = limit
+        super().__init__(
+            f"domain {domain}: {limit} flows wait or send already; refused, send without the gate"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A flow may start now.
+
+    degraded: "" when order and multiplexing level hold, else why they may not:
+        "timeout" (waited max_wait), "early_fin" (one before it announced its end but still
+        sends); the turn protocol adds "lease" and "fallback".
+    """
+
+    flow: int
+    class_index: int
+    degraded: str = ORDERED
+
+
+class FlowState(enum.Enum):
+    WAITING = "waiting"  # in its class's queue
+    SENDING = "sending"  # released; holds one of the class's mpl places
+    ANNOUNCED = "announced"  # still sends, but its place has been passed on
+
+
+class _Flow:
+    __slots__ = ("arrived", "class_index", "flow", "key", "pinned", "sequence", "size", "state")
+
+    def __init__(
+        self, flow: int, size: int, class_index: int, pinned: bool, arrived: float, sequence: int
+    ) -> None:
+        self.flow = flow
+        self.size = size
+        self.class_index = class_index
+        self.pinned = pinned
+        self.arrived = arrived
+        self.sequence = sequence
+        self.key = arrived
+        self.state = FlowState.WAITING
+
+
+class _Class:
+    __slots__ = ("announced", "mpl", "order", "queue", "sending", "waiting")
+
+    def __init__(self, policy: ClassPolicy) -> None:
+        self.mpl = math.inf if policy.mpl == UNLIMITED else policy.mpl
+        self.order = policy.order
+        # (key, sequence, flow); entries whose flow no longer waits here are skipped when met.
+        self.queue: list[tuple[float, int, int]] = []
+        self.waiting = 0
+        self.sending = 0
+        self.announced = 0
+
+
+class FlowGate:
+    """At most mpl flows of a class send at a time; the others wait in the class's order.
+
+    A flow is WAITING, then SENDING, perhaps ANNOUNCED, then forgotten:
+    arrive -> WAITING or SENDING; release (arrive, finish, cancel, announce, expire, set_policy)
+    WAITING -> SENDING; announce SENDING -> ANNOUNCED; finish SENDING | ANNOUNCED -> gone;
+    cancel any -> gone. Anything else raises StateError.
+
+    Every call takes `now`, seconds on one monotonic clock (a reading that lies before an earlier
+    one counts as that one), and costs O(log n) in the flows waiting, set_policy O(n log n).
+    At most max_flows flows are held, waiting and sending together; the next arrival raises
+    GateFullError and its sender goes on without the gate. Expiry: whoever waited max_wait_s is
+    released as degraded, on top of mpl; later ordered releases of the class wait until it is
+    below mpl again.
+    """
+
+    def __init__(self, policy: DomainPolicy, *, max_flows: int = MAX_FLOWS) -> None:
+        self.policy = policy
+        self.max_flows = max_flows
+        self._flows: dict[int, _Flow] = {}
+        self._waiting: OrderedDict[int, _Flow] = OrderedDict()  # in order of arrival
+        self._sequence = 0
+        self._now = -math.inf
+        self._adopt(policy)
+
+    def arrive(
+        self, flow: int, size_bytes: int, *, now: float, class_index: int | None = None
+    ) -> list[Release]:
+        """A flow wants to send; its own release comes back when it may start at once.
+
+        class_index: the class the application names; else size and policy choose it.
+        Raises InputError for a bad size or class, GateFullError, StateError for an id in use.
+        """
+        if not 0 <= size_bytes <= MAX_SIZE_BYTES:  # NaN fails too
+            raise InputError("size_bytes", size_bytes, f"a size in 0 to {MAX_SIZE_BYTES}")
+        if class_index is not None and not 0 <= class_index < len(self._classes):
+            raise InputError("class_index", class_index, f"0 to {len(self._classes) - 1}")
+        if flow in self._flows:
+            raise StateError(f"flow {flow} arrives, but is {self._flows[flow].state.value}")
+        if len(self._flows) >= self.max_flows:
+            raise GateFullError(self.policy.domain, self.max_flows)
+        now = self._advance(now)
+        index = self._choose(size_bytes) if class_index is None else class_index
+        self._sequence += 1
+        entry = _Flow(flow, size_bytes, index, class_index is not None, now, self._sequence)
+        self._flows[flow] = entry
+        cls = self._classes[index]
+        if not cls.waiting and cls.sending < cls.mpl:
+            return [self._start(entry, cls)]
+        self._enqueue(entry, cls)
+        self._waiting[flow] = entry
+        return []
+
+    def finish(self, flow: int, *, now: float) -> list[Release]:
+        """A sending flow has sent everything; whoever is next in its class starts."""
+        self._advance(now)
+        entry = self._get(flow, "finishes", FlowState.SENDING, FlowState.ANNOUNCED)
+        return self._leave(entry)
+
+    def cancel(self, flow: int, *, now: float) -> list[Release]:
+        """The application gave up, or died, in any state."""
+        self._advance(now)
+        entry = self._get(flow, "is cancelled", *FlowState)
+        if entry.state is not FlowState.WAITING:
+            return self._leave(entry)
+        cls = self._classes[entry.class_index]
+        del self._flows[flow]
+        del self._waiting[flow]
+        cls.waiting -= 1
+        self._compact(cls)
+        return []
+
+    def announce(self, flow: int, *, now: float) -> list[Release]:
+        """Early FIN: the place passes on though the flow still sends. Again: nothing."""
+        self._advance(now)
+        entry = self._get(flow, "announces its end", FlowState.SENDING, FlowState.ANNOUNCED)
+        if entry.state is FlowState.ANNOUNCED:
+            return []
+        entry.state = FlowState.ANNOUNCED
+        cls = self._classes[entry.class_index]
+        cls.sending -= 1
+        cls.announced += 1
+        return self._pump(entry.class_index)
+
+    def expire(self, *, now: float) -> list[Release]:
+        """Release whoever has waited max_wait_s, oldest first, marked "timeout"."""
+        now = self._advance(now)
+        max_wait = self.policy.max_wait_s
+        released = []
+        while self._waiting:
+            entry = next(iter(self._waiting.values()))
+            if now < entry.arrived + max_wait:
+                break
+            cls = self._classes[entry.class_index]
+            del self._waiting[entry.flow]
+            cls.waiting -= 1
+            released.append(self._start(entry, cls, TIMEOUT))
+            self._compact(cls)
+        return released
+
+    def next_timer(self) -> float | None:
+        """When expire has something to do, on the same clock; None while nobody waits."""
+        for entry in self._waiting.values():
+            return entry.arrived + self.policy.max_wait_s
+        return None
+
+    def set_policy(self, policy: DomainPolicy, *, now: float) -> list[Release]:
+        """Follow another policy from now on; returns whom it lets start.
+
+        Waiting flows keep their age and are put into the new classes; running flows go on and
+        count in their new class, which may exceed its mpl until they end. A class that the
+        application named is kept where it still exists, else size decides.
+        """
+        self._advance(now)
+        if policy == self.policy:
+            return []
+        before = [entry for entry in self._flows.values() if entry.state is not FlowState.WAITING]
+        self.policy = policy
+        self._adopt(policy)
+        for entry in before:
+            entry.class_index = self._class_after_change(entry)
+            cls = self._classes[entry.class_index]
+            if entry.state is FlowState.SENDING:
+                cls.sending += 1
+            else:
+                cls.announced += 1
+        for entry in self._waiting.values():
+            entry.class_index = self._class_after_change(entry)
+            self._enqueue(entry, self._classes[entry.class_index])
+        released = []
+        for index in range(len(self._classes)):
+            released.extend(self._pump(index))
+        return released
+
+    def class_index_of(self, flow: int) -> int | None:
+        """Class of a flow the gate holds, else None."""
+        entry = self._flows.get(flow)
+        return None if entry is None else entry.class_index
+
+    def state_of(self, flow: int) -> FlowState | None:
+        entry = self._flows.get(flow)
+        return None if entry is None else entry.state
+
+    def queue_lengths(self) -> list[int]:
+        """Flows waiting, per class."""
+        return [cls.waiting for cls in self._classes]
+
+    def active(self) -> list[int]:
+        """Flows sending, announced ones too, per class."""
+        return [cls.sending + cls.announced for cls in self._classes]
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def _adopt(self, policy: DomainPolicy) -> None:
+        self._classes = [_Class(cls) for cls in policy.classes]
+        self._by_size = policy.dispatch == "size"
+
+    def _advance(self, now: float) -> float:
+        self._now = max(self._now, now)
+        return self._now
+
+    def _get(self, flow: int, does: str, *allowed: FlowState) -> _Flow:
+        entry = self._flows.get(flow)
+        if entry is None:
+            raise StateError(f"flow {flow} {does}, but the gate does not hold it")
+        if entry.state not in allowed:
+            raise StateError(
+                f"flow {flow} {does}, but is {entry.state.value} since {entry.arrived:.6f} "
+                f"in class {entry.class_index}"
+            )
+        return entry
+
+    def _choose(self, size_bytes: float) -> int:
+        if self._by_size:
+            return self.policy.class_of(size_bytes)
+        # Baraat FIFO-LM: small flows share class 0, each other flow takes a class without work;
+        # where none is free, the one with the fewest flows.
+        classes = self._classes
+        if size_bytes <= self.policy.classes[0].threshold_bytes or len(classes) == 1:
+            return 0
+        best, fewest = 1, math.inf
+        for index in range(1, len(classes)):
+            cls = classes[index]
+            work = cls.waiting + cls.sending + cls.announced
+            if work < fewest:
+                best, fewest = index, work
+                if not work:
+                    break
+        return best
+
+    def _class_after_change(self, entry: _Flow) -> int:
+        exists = entry.class_index < len(self._classes)
+        if entry.pinned and exists:
+            return entry.class_index
+        entry.pinned = False
+        if not self._by_size and exists and entry.class_index:
+            small = entry.size <= self.policy.classes[0].threshold_bytes
+            if not small:
+                return entry.class_index
+        return self._choose(entry.size)
+
+    def _enqueue(self, entry: _Flow, cls: _Class) -> None:
+        if cls.order == "fifo":
+            entry.key = entry.arrived
+        elif cls.order == "sjf":
+            entry.key = float(entry.size)
+        else:
+            gamma = self.policy.classes[entry.class_index].boost_gamma_per_s
+            entry.key = entry.arrived - boost_s(entry.size * 8.0 / self.policy.rate_bps, gamma)
+        heappush(cls.queue, (entry.key, entry.sequence, entry.flow))
+        cls.waiting += 1
+
+    def _start(self, entry: _Flow, cls: _Class, degraded: str = ORDERED) -> Release:
+        if not degraded and cls.announced and cls.sending + cls.announced >= cls.mpl:
+            degraded = EARLY_FIN
+        entry.state = FlowState.SENDING
+        cls.sending += 1
+        return Release(entry.flow, entry.class_index, degraded)
+
+    def _leave(self, entry: _Flow) -> list[Release]:
+        del self._flows[entry.flow]
+        cls = self._classes[entry.class_index]
+        if entry.state is FlowState.ANNOUNCED:
+            cls.announced -= 1
+        else:
+            cls.sending -= 1
+        return self._pump(entry.class_index) if cls.waiting else []
+
+    def _pump(self, index: int) -> list[Release]:
+        cls = self._classes[index]
+        released = []
+        while cls.waiting and cls.sending < cls.mpl:
+            _, sequence, flow = heappop(cls.queue)
+            entry = self._waiting.get(flow)
+            if entry is None or entry.sequence != sequence:
+                continue  # cancelled or expired since
+            del self._waiting[flow]
+            cls.waiting -= 1
+            released.append(self._start(entry, cls))
+        if not cls.waiting:
+            cls.queue.clear()
+        return released
+
+    def _compact(self, cls: _Class) -> None:
+        """Keep abandoned entries below half the queue, so that memory follows the flows held."""
+        if len(cls.queue) > max(_COMPACT_FROM, 2 * cls.waiting):
+            cls.queue = [
+                row
+                for row in cls.queue
+                if (entry := self._waiting.get(row[2])) is not None and entry.sequence == row[1]
+            ]
+            heapify(cls.queue)

@@ -7,10 +7,11 @@ class IntentdError(Exception):
     """Root of every error the suite raises on purpose."""
 
 
-class InputError(IntentdError):
+class InputError(IntentdError, ValueError):
     """Something that came from outside is wrong.
 
-    field: path of the offending value, such as ``classes[2].weight``.
+    field: path of the offending value, such as ``classes[2].weight``. A ValueError too, so that
+    pydantic validators may raise it and the configuration loader puts the path in front.
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:

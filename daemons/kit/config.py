@@ -1,0 +1,509 @@
+"""Configuration: one TOML file a daemon, into frozen pydantic models, refused whole when wrong.
+
+Every field has a default and a description; ``describe`` lists them and the table in
+docs/operations.md is generated from it. ``INTENTD_<ROLE>__SECTION__KEY=value`` overrides the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import socket
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from intentd.core.errors import ConfigError, InputError
+from intentd.core.units import parse_duration_s, parse_rate_bps, parse_size_bytes
+
+STATUS_PORTS: Final = {
+    "controller": 7401,
+    "sequencer": 7411,
+    "agent": 7421,
+    "gpu": 7441,
+    "proxy": 7451,
+}
+CONTROLLER_ENDPOINT: Final = "tcp://127.0.0.1:7400"
+_TOKEN: Final = re.compile(r"[0-9a-f]{64}\Z")
+
+# An empty field name: the loader puts the path in front.
+Duration = Annotated[float, BeforeValidator(lambda text: parse_duration_s(text, ""))]
+"""Seconds; the file may say ``"250ms"``."""
+Size = Annotated[int, BeforeValidator(lambda text: parse_size_bytes(text, ""))]
+"""Bytes; the file may say ``"64KiB"``."""
+Rate = Annotated[float, BeforeValidator(lambda text: parse_rate_bps(text, ""))]
+"""Bits per second; the file may say ``"1Gbit"``."""
+
+
+class InvalidConfigError(ConfigError):
+    """All that is wrong with one configuration; ``errors`` lists them, the text has one a line."""
+
+    def __init__(self, errors: list[ConfigError]) -> None:
+        self.errors = errors
+        first = errors[0]
+        super().__init__(first.field, first.value, first.expected)
+        self.args = ("\n".join(str(error) for error in errors),)
+
+
+class Section(BaseModel):
+    """A table of the configuration file: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def default_state_dir() -> Path:
+    """systemd's $STATE_DIRECTORY, else /var/lib/intentd for root, else the user's XDG directory."""
+    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if given:
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/var/lib/intentd")
+    home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(home) / "intentd"
+
+
+def default_run_dir() -> Path:
+    """systemd's $RUNTIME_DIRECTORY, else /run/intentd for root, else the user's own directory."""
+    given = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    if given:
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/run/intentd")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime) / "intentd"
+    return Path(f"/tmp/intentd-{os.geteuid()}")  # noqa: S108  mode 0700, owner checked on use
+
+
+class LogSection(Section):
+    """How the daemon writes its log (standard error)."""
+
+    level: str = Field(
+        default="info",
+        description="Least severity written: debug, info, warning or error.",
+        pattern="^(debug|info|warning|error)$",
+    )
+    format: str = Field(
+        default="text",
+        description="text (key=value) or json (one object a line).",
+        pattern="^(text|json)$",
+    )
+
+
+class StatusSection(Section):
+    """The HTTP endpoint with /livez, /readyz, /status and /metrics."""
+
+    enabled: bool = Field(default=True, description="Serve the endpoint at all.")
+    bind: str = Field(
+        default="",
+        description="address:port. Empty: 127.0.0.1 and the role's port (controller 7401, "
+        "sequencer 7411, agent 7421, gpu 7441, proxy 7451). Port 0 takes a free one.",
+    )
+    tokens: tuple[str, ...] = Field(
+        default=(),
+        description="SHA-256 (hex) of each accepted bearer token. Needed to change anything by "
+        "HTTP, and off loopback to read.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StatusSection:
+        for index, token in enumerate(self.tokens):
+            if not _TOKEN.match(token):
+                raise ConfigError(
+                    f"tokens[{index}]",
+                    "(hidden)",
+                    "the SHA-256 of a token: 64 lower-case hex digits",
+                )
+        if self.bind:
+            host, port = split_address(self.bind, "bind")
+            if port >= 0 and not is_loopback(host) and not self.tokens:
+                raise ConfigError("bind", self.bind, "a loopback address, or status.tokens set")
+        return self
+
+
+class AdminSection(Section):
+    """The Unix socket intentctl talks to."""
+
+    path: str = Field(default="", description="Socket path. Empty: <run_dir>/<role>.admin.sock.")
+    group: str = Field(
+        default="",
+        description="Group whose members may use it, besides root and the daemon's own user.",
+    )
+
+
+class ControllerSection(Section):
+    """The link to the controller."""
+
+    enabled: bool = Field(default=True, description="Connect to a controller at all.")
+    endpoint: str = Field(
+        default=CONTROLLER_ENDPOINT,
+        description="ZeroMQ address of the controller's hub.",
+        pattern=r"^(tcp|ipc)://.+",
+    )
+    key_file: str = Field(
+        default="",
+        description="This member's CURVE key pair (intentctl keys new). Empty: no encryption.",
+    )
+    server_key_file: str = Field(
+        default="", description="The controller's public CURVE key; needed with key_file."
+    )
+    report_interval_s: Duration = Field(
+        default=2.0,
+        description="Seconds between reports until the controller names its own interval.",
+        gt=0,
+        le=3600,
+    )
+    backoff_min_s: Duration = Field(
+        default=0.2, description="First wait before reconnecting.", gt=0
+    )
+    backoff_max_s: Duration = Field(
+        default=10.0, description="Longest wait before reconnecting.", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ControllerSection:
+        if bool(self.key_file) != bool(self.server_key_file):
+            raise ConfigError(
+                "server_key_file", self.server_key_file, "key_file and server_key_file together"
+            )
+        if self.backoff_max_s < self.backoff_min_s:
+            raise ConfigError("backoff_max_s", self.backoff_max_s, "at least backoff_min_s")
+        return self
+
+
+class HubSection(Section):
+    """Where the controller listens for members."""
+
+    bind: str = Field(
+        default=CONTROLLER_ENDPOINT,
+        description="ZeroMQ address; off loopback only with key_file.",
+        pattern=r"^(tcp|ipc)://.+",
+    )
+    key_file: str = Field(
+        default="", description="The controller's CURVE key pair. Empty: no encryption."
+    )
+    allow_file: str = Field(
+        default="",
+        description="Public keys of the members let in, one a line: KEY [ROLE[@NAME]]. "
+        "Needed with key_file; read again on reload.",
+    )
+    report_interval_s: Duration = Field(
+        default=2.0, description="How often members are told to report.", gt=0, le=3600
+    )
+    expiry_intervals: float = Field(
+        default=3.0,
+        description="Report intervals of silence after which a member counts as gone.",
+        ge=2,
+    )
+    max_members: int = Field(
+        default=1024, description="Members beyond this number are refused.", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> HubSection:
+        if bool(self.key_file) != bool(self.allow_file):
+            raise ConfigError("allow_file", self.allow_file, "key_file and allow_file together")
+        check_bind_security(self.bind, keyed=bool(self.key_file), where="bind")
+        return self
+
+
+class CommonConfig(Section):
+    """What every daemon's file may hold; a role's model adds its own fields and sections."""
+
+    role: ClassVar[str] = "daemon"
+
+    name: str = Field(
+        default="",
+        description="This member's name among its role. Empty: the host name.",
+        max_length=128,
+    )
+    host: str = Field(
+        default_factory=lambda: socket.gethostname() or "localhost",
+        description="Host name reported to the controller. Default: the machine's.",
+        min_length=1,
+        max_length=253,
+    )
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="What must survive a restart. Default: $STATE_DIRECTORY, else "
+        "/var/lib/intentd (root), else ~/.local/state/intentd.",
+    )
+    run_dir: Path = Field(
+        default_factory=default_run_dir,
+        description="Sockets and the lock. Default: $RUNTIME_DIRECTORY, else /run/intentd (root), "
+        "else $XDG_RUNTIME_DIR/intentd or a private directory under /tmp.",
+    )
+    drain_timeout_s: Duration = Field(
+        default=10.0, description="Longest wait for work to end after SIGTERM.", ge=0, le=600
+    )
+    log: LogSection = Field(default=LogSection(), description="Log output.")
+    status: StatusSection = Field(default=StatusSection(), description="HTTP status endpoint.")
+    admin: AdminSection = Field(default=AdminSection(), description="Admin socket.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name", "") == "":
+            return {**data, "name": data.get("host") or socket.gethostname() or "localhost"}
+        return data
+
+    @property
+    def status_bind(self) -> str:
+        return self.status.bind or f"127.0.0.1:{STATUS_PORTS.get(self.role, 0)}"
+
+    @property
+    def admin_path(self) -> Path:
+        return Path(self.admin.path) if self.admin.path else admin_path(self.role, self.run_dir)
+
+
+class DaemonConfig(CommonConfig):
+    """A member: everything common, and the link to the controller."""
+
+    controller: ControllerSection = Field(
+        default=ControllerSection(), description="Link to the controller."
+    )
+
+
+def admin_path(role: str, run_dir: Path | None = None) -> Path:
+    return (run_dir or default_run_dir()) / f"{role}.admin.sock"
+
+
+def split_address(text: str, where: str) -> tuple[str, int]:
+    """``"127.0.0.1:80"`` or ``"[::1]:80"`` as host and port. Raises ConfigError."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(where, text, "address:port, such as 127.0.0.1:7401")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or bool(re.match(r"127(\.[0-9]{1,3}){3}\Z", host))
+
+
+def check_bind_security(endpoint: str, *, keyed: bool, where: str) -> None:
+    """Refuse to listen beyond this machine without keys. Raises ConfigError."""
+    if endpoint.startswith("tcp://") and not keyed:
+        host, _, _ = endpoint.removeprefix("tcp://").rpartition(":")
+        if not is_loopback(host.removeprefix("[").removesuffix("]")):
+            raise ConfigError(where, endpoint, "a loopback address, or key_file set (CURVE)")
+
+
+M = TypeVar("M", bound=CommonConfig)
+
+
+def default_config_path(role: str) -> Path:
+    return Path("/etc/intentd") / f"{role}.toml"
+
+
+def load_config(model: type[M], path: Path | None, environ: Mapping[str, str]) -> M:
+    """The configuration of one daemon. path None: defaults and environment alone.
+
+    Raises InvalidConfigError with every error, each with its path such as ``classes[2].weight``.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidConfigError(
+                [ConfigError(str(path), error.strerror, "a readable file")]
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidConfigError([ConfigError(str(path), str(error), "a TOML file")]) from None
+    _override(table, model, environ)
+    return validate(model, table)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def validate(model: type[S], table: Mapping[str, Any]) -> S:
+    """The model of a plain table. Raises InvalidConfigError."""
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as error:
+        raise InvalidConfigError([_convert(model, item) for item in error.errors()]) from None
+
+
+def _convert(model: type[BaseModel], item: Any) -> ConfigError:
+    """One pydantic error as ours: path, value, expectation."""
+    where = _path(item["loc"])
+    value = item.get("input")
+    kind = str(item["type"])
+    cause = (item.get("ctx") or {}).get("error")
+    if isinstance(cause, InputError):
+        inner = cause.field
+        joined = (
+            f"{where}.{inner}" if where and inner and not inner.startswith("[") else where + inner
+        )
+        return ConfigError(joined, cause.value, cause.expected)
+    if kind == "extra_forbidden":
+        known = _known_names(model, item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = (
+            f"a known field: did you mean {close[0]}?"
+            if close
+            else (f"one of {', '.join(sorted(known))}" if known else "no such field")
+        )
+        return ConfigError(where, value, hint)
+    if kind == "missing":
+        return ConfigError(where, None, "a value (it is required)")
+    text = str(item["msg"])
+    for prefix in ("Input should be ", "Value error, "):
+        text = text.removeprefix(prefix)
+    return ConfigError(where, value, text)
+
+
+def _path(loc: tuple[Any, ...]) -> str:
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else str(part)
+    return text
+
+
+def _known_names(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the (nested) model at a location, for near-match suggestions."""
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(str(part)) if current is not None else None
+        current = None if field is None else _nested_model(field.annotation)
+    return [] if current is None else list(current.model_fields)
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The model inside ``Model``, ``tuple[Model, ...]``, ``dict[str, Model]``, ``Model | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _nested_model(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _override(table: dict[str, Any], model: type[CommonConfig], environ: Mapping[str, str]) -> None:
+    """Lay ``INTENTD_<ROLE>__A__B=value`` over the table; values are TOML, else text."""
+    prefix = f"INTENTD_{model.role.upper()}__"
+    for name in sorted(environ):
+        if not name.startswith(prefix):
+            continue
+        parts = [part.lower() for part in name.removeprefix(prefix).split("__")]
+        if not all(parts):
+            raise InvalidConfigError(
+                [ConfigError(name, environ[name], f"{prefix}SECTION__KEY=value")]
+            )
+        target = table
+        for part in parts[:-1]:
+            inner = target.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise InvalidConfigError(
+                    [ConfigError(name, environ[name], f"{part} to be a table")]
+                )
+            target = inner
+        target[parts[-1]] = _env_value(environ[name], _annotation_at(model, parts))
+
+
+def _annotation_at(model: type[BaseModel], parts: list[str]) -> Any:
+    current: type[BaseModel] | None = model
+    for part in parts[:-1]:
+        field = current.model_fields.get(part) if current is not None else None
+        current = None if field is None else _nested_model(field.annotation)
+    last = current.model_fields.get(parts[-1]) if current is not None else None
+    return None if last is None else last.annotation
+
+
+def _env_value(text: str, annotation: Any) -> Any:
+    """Text where the field is text or a path; elsewhere a TOML value, and text if it is none."""
+    if annotation in (str, Path):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One setting: path in the file, type, default as TOML-like text, what it does."""
+
+    path: str
+    kind: str
+    default: str
+    description: str
+
+
+def describe(model: type[BaseModel], prefix: str = "", *, role: str = "") -> Iterator[Described]:
+    """Every setting of a model, depth first, in the order of the file."""
+    for name, field in model.model_fields.items():
+        nested = _nested_model(field.annotation)
+        path = f"{prefix}{name}"
+        if nested is not None:
+            is_list = get_origin(field.annotation) in (tuple, list)
+            is_map = get_origin(field.annotation) is dict
+            if is_list or is_map:
+                yield Described(path, "tables", "[]" if is_list else "{}", field.description or "")
+            inner = f"{path}[]." if is_list else f"{path}.NAME." if is_map else f"{path}."
+            yield from describe(nested, inner, role=role)
+            continue
+        yield Described(
+            path, _kind(field.annotation), _default_text(field), field.description or ""
+        )
+
+
+def _kind(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(arg) for arg in get_args(annotation) if arg is not type(None))
+    if origin in (tuple, list):
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if origin is not None and not isinstance(origin, type):
+        return " | ".join(str(arg) for arg in get_args(annotation))
+    names = {str: "text", bool: "true/false", int: "integer", float: "number", Path: "path"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _default_text(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "(of this machine)"
+    return toml_value(field.default)
+
+
+def toml_value(value: Any) -> str:
+    """A plain value as TOML text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "(none)"
+    if isinstance(value, (int, float)):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(str(value))
+
+
+def markdown_table(model: type[BaseModel]) -> str:
+    """The settings of a model as the table of docs/operations.md."""
+    lines = ["| setting | type | default | what it does |", "|---|---|---|---|"]
+    for row in describe(model):
+        text = row.description.replace("|", "\\|")
+        lines.append(f"| `{row.path}` | {row.kind} | `{row.default}` | {text} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,551 @@
+"""One lifecycle for all daemons: configuration, signals, readiness, reload, drain, stop.
+
+``run_daemon(MyDaemon)`` is a daemon's ``main``. Signals belong to this module alone:
+
+- SIGTERM, SIGINT: stop accepting, drain until ``drain_timeout_s``, undo host state, exit 0; a
+  second one exits at once;
+- SIGHUP: reload; a wrong configuration is refused whole, the old one stays;
+- SIGUSR1: the daemon's state as JSON into the log.
+
+A task that ends in an exception is a programmer error: it is logged with its traceback, what the
+daemon did to the host is undone, and the process exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import gc
+import json
+import logging
+import os
+import random
+import secrets
+import signal
+import stat
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+
+import intentd
+from intentd.core.errors import ConfigError, IntentdError
+from intentd.daemons.kit.admin import AdminRefusedError, AdminServer
+from intentd.daemons.kit.clock import Clock, SystemClock
+from intentd.daemons.kit.config import (
+    CommonConfig,
+    InvalidConfigError,
+    default_config_path,
+    load_config,
+)
+from intentd.daemons.kit.logs import configure_logging
+from intentd.daemons.kit.metrics import Metrics
+from intentd.daemons.kit.status import StatusServer
+from intentd.daemons.kit.systemd import Notifier
+from intentd.daemons.kit.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from intentd.daemons.kit.link import HubLink, MemberLink
+
+_log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S: Final = 10.0
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+C = TypeVar("C", bound=CommonConfig)
+T = TypeVar("T")
+
+
+class Tasks(asyncio.TaskGroup):
+    """A TaskGroup that knows its tasks, so that an orderly stop can end those that run for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def create_task(
+        self,
+        coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[T]:
+        task = super().create_task(coro, name=name, context=context)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    def cancel_all(self) -> None:
+        for task in list(self._running):
+            task.cancel()
+
+    def names(self) -> list[str]:
+        return sorted(task.get_name() for task in self._running)
+
+
+@dataclass
+class Kit:
+    """What the lifecycle lends a daemon.
+
+    rng is seeded from the system's entropy; simulations and tests pass their own. boot is a random
+    64-bit hex that names this run of the process. link is set by the link itself.
+    """
+
+    role: str
+    clock: Clock = field(default_factory=SystemClock)
+    rng: random.Random = field(default_factory=random.Random)
+    metrics: Metrics = field(default_factory=Metrics)
+    boot: str = field(default_factory=lambda: secrets.token_hex(8))
+    config_path: Path | None = None
+    notifier: Notifier = field(default_factory=Notifier)
+    link: MemberLink | HubLink | None = None
+    generation: int = 1
+    _stop: Callable[[str], None] | None = None
+
+    def request_stop(self, reason: str) -> None:
+        """Stop the daemon in order, as SIGTERM would."""
+        if self._stop is not None:
+            self._stop(reason)
+
+
+class Daemon(Generic[C]):
+    """What a role implements; every method has a default, so a daemon writes what it needs."""
+
+    role: ClassVar[str]
+    config_model: ClassVar[type[CommonConfig]]
+
+    def __init__(self, config: C, kit: Kit) -> None:
+        self.config = config
+        self.kit = kit
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Acquire what is needed and start named tasks. Raise IntentdError to give up, clearly."""
+
+    async def reload(self, config: C) -> None:
+        """Take a validated configuration. Raise IntentdError to refuse it: change nothing then.
+
+        On return the lifecycle sets ``self.config`` to the new one.
+        """
+
+    async def drain(self, deadline_s: float) -> None:
+        """Finish what was accepted; the lifecycle stops waiting after deadline_s."""
+
+    async def stop(self) -> None:
+        """Undo host state. Called once, also after a crash; must not assume start() finished."""
+
+    def status(self) -> dict[str, Any]:
+        """The role's part of the status document (``detail``)."""
+        return {}
+
+    def unready(self) -> list[str]:
+        """Why this daemon is not ready; empty when it is."""
+        return []
+
+    def policies(self) -> dict[str, list[int]]:
+        """application -> [era, number] it runs; by default what the link applied."""
+        return self.kit.link.policies() if self.kit.link is not None else {}
+
+    async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        """A role's own admin command. Raise AdminRefusedError for unknown ones."""
+        raise AdminRefusedError(
+            f"command {command!r:.80}: unknown to {self.role}", "unknown_command"
+        )
+
+    def dump(self) -> dict[str, Any]:
+        """State for the log (SIGUSR1); by default the status."""
+        return self.status()
+
+    def add_routes(self, app: web.Application) -> None:
+        """More HTTP routes on the status endpoint, before it starts."""
+
+
+class Lifecycle(Generic[C]):
+    """Runs one daemon object from start to stop inside the loop."""
+
+    def __init__(
+        self, daemon_class: type[Daemon[C]], config: C, kit: Kit, load: Callable[[], C]
+    ) -> None:
+        self.kit = kit
+        self.daemon = daemon_class(config, kit)
+        self._load = load
+        self._started_s = kit.clock.now()
+        self._started_wall_s = kit.clock.wall()
+        self._stopping = asyncio.Event()
+        self._stop_reason = ""
+        self._crash: BaseException | None = None
+        self._reloading = asyncio.Lock()
+        self._serving = False
+        self._tasks = Tasks()
+        self._watchdog = Watchdog(kit.clock, kit.metrics, kit.notifier)
+        self._lock_file: int | None = None
+        self._status: StatusServer | None = None
+        self._admin: AdminServer | None = None
+        kit._stop = self.request_stop
+
+    @property
+    def config(self) -> C:
+        return self.daemon.config
+
+    def request_stop(self, reason: str) -> None:
+        if not self._stopping.is_set():
+            self._stop_reason = reason
+            self._stopping.set()
+
+    async def run(self) -> int:
+        """Exit status of the process."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._callback_failed)
+        self._watch_signals(loop)
+        failed = False
+        try:
+            async with self._tasks:
+                try:
+                    await self._start()
+                    await self._stopping.wait()
+                    await self._drain()
+                finally:
+                    await self._undo()
+                    self._tasks.cancel_all()
+        except* IntentdError as group:
+            failed = True
+            for error in _leaves(group):
+                _log.error("cannot go on: %s", error)
+        except* Exception as group:  # noqa: BLE001  the last place: log it, exit non-zero
+            failed = True
+            _log.critical("crashed", exc_info=group)
+        finally:
+            self._release_lock()
+        if self._crash is not None:
+            failed = True
+            _log.critical("crashed in a callback", exc_info=self._crash)
+        if failed:
+            return EXIT_FAILED
+        _log.info("stopped")
+        return EXIT_OK
+
+    async def _start(self) -> None:
+        config, kit = self.config, self.kit
+        prepare_directory(config.run_dir, 0o755)
+        prepare_directory(config.state_dir, 0o700)
+        self._take_lock()
+        if config.status.enabled:
+            self._status = StatusServer(
+                config.status_bind,
+                config.status.tokens,
+                kit.metrics,
+                status=self.status,
+                unready=self.unready,
+            )
+            self.daemon.add_routes(self._status.app)
+            await self._status.start()
+        self._admin = AdminServer(
+            config.admin_path, config.admin.group, self.handle_admin, kit.metrics
+        )
+        await self._admin.start(self._tasks)
+        self._tasks.create_task(self._watchdog.run(), name="watchdog")
+        await self.daemon.start(self._tasks)
+        self._serving = True
+        kit.metrics.ready.set_function(lambda: float(not self.unready()))
+        gc.collect()
+        gc.freeze()  # start-up objects live for ever: never scan them again
+        kit.notifier.ready(f"{config.role} {config.name} runs")
+        _log.info(
+            "started",
+            extra={
+                "version": intentd.__version__,
+                "boot": kit.boot,
+                "status": self._status.address if self._status else "",
+                "admin": str(config.admin_path),
+            },
+        )
+
+    async def _drain(self) -> None:
+        self._serving = False
+        deadline_s = self.config.drain_timeout_s
+        _log.info("stopping", extra={"reason": self._stop_reason, "drain_timeout_s": deadline_s})
+        self.kit.notifier.stopping()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.daemon.drain(deadline_s)
+        except TimeoutError:
+            _log.warning("drain deadline passed", extra={"deadline_s": deadline_s})
+
+    async def _undo(self) -> None:
+        """Undo host state, each step even if the one before failed; also on the way of a crash."""
+        steps: list[Callable[[], Awaitable[None]]] = [self.daemon.stop]
+        if self._admin is not None:
+            steps.append(self._admin.stop)
+        if self._status is not None:
+            steps.append(self._status.stop)
+        for step in steps:
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await step()
+            except TimeoutError:
+                _log.error("stop step took too long", extra={"step": step.__qualname__})
+            except Exception:  # noqa: BLE001  the next step must still be undone
+                self.kit.metrics.errors.labels("stop").inc()
+                _log.exception("stop step failed", extra={"step": step.__qualname__})
+
+    # -- signals ---------------------------------------------------------------------------
+
+    def _watch_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        loop.add_signal_handler(signal.SIGUSR1, self.log_dump)
+
+    def _terminate(self, number: signal.Signals) -> None:
+        if self._stopping.is_set():
+            _log.warning("second signal: exit at once", extra={"signal": number.name})
+            logging.shutdown()
+            os._exit(128 + number)
+        self.request_stop(number.name)
+
+    def _hang_up(self) -> None:
+        if self._serving:
+            self._tasks.create_task(self._reload_quietly(), name="reload")
+
+    async def _reload_quietly(self) -> None:
+        with contextlib.suppress(IntentdError):  # logged and counted where it happened
+            await self.reload()
+
+    def log_dump(self) -> None:
+        document = {
+            "status": self.status(),
+            "dump": self.daemon.dump(),
+            "tasks": self._tasks.names(),
+        }
+        _log.info("state", extra={"state": json.dumps(document, default=str)})
+
+    def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An exception in a loop callback is a programmer error and stops the daemon."""
+        error = context.get("exception")
+        if error is None or "transport" in context or isinstance(error, (OSError, TimeoutError)):
+            self.kit.metrics.errors.labels("loop").inc()
+            _log.error("loop: %s", context.get("message"), exc_info=error)
+            return
+        self._crash = error
+        self.request_stop("crash in a callback")
+
+    # -- reload ----------------------------------------------------------------------------
+
+    async def reload(self) -> dict[str, Any]:
+        """Parse, validate, build, swap. Raises IntentdError with the reason; the old one stays."""
+        async with self._reloading:
+            self.kit.notifier.reloading()
+            try:
+                config = self._load()
+                self._refuse_fixed(config)
+                if self._status is not None:
+                    self._status.set_tokens(config.status.tokens)
+                try:
+                    await self.daemon.reload(config)
+                except BaseException:
+                    if self._status is not None:
+                        self._status.set_tokens(self.config.status.tokens)
+                    raise
+            except IntentdError as error:
+                self.kit.metrics.reloads.labels("refused").inc()
+                _log.error("reload refused", extra={"error": str(error)})
+                self.kit.notifier.ready(f"reload refused: {error}")
+                raise
+            self.daemon.config = config
+            self.kit.generation += 1
+            self.kit.metrics.reloads.labels("applied").inc()
+            configure_logging(
+                config.log.level, config.log.format, log_context(config), journal=journal()
+            )
+            _log.info("reloaded", extra={"generation": self.kit.generation})
+            self.kit.notifier.ready(f"{config.role} {config.name} runs")
+            return {"generation": self.kit.generation}
+
+    def _refuse_fixed(self, config: C) -> None:
+        """Settings that name the process itself cannot change under it."""
+        for name in ("name", "host", "state_dir", "run_dir", "admin"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ConfigError(name, getattr(config, name), "the value it started with: restart")
+        if (config.status.bind, config.status.enabled) != (
+            self.config.status.bind,
+            self.config.status.enabled,
+        ):
+            raise ConfigError(
+                "status.bind", config.status.bind, "the address it started with: restart"
+            )
+
+    # -- status ----------------------------------------------------------------------------
+
+    def unready(self) -> list[str]:
+        if self._stopping.is_set():
+            return ["stopping"]
+        if not self._serving:
+            return ["starting"]
+        return self.daemon.unready()
+
+    def status(self) -> dict[str, Any]:
+        """The one schema of all daemons; ``detail`` is the role's."""
+        config, kit = self.config, self.kit
+        reasons = self.unready()
+        return {
+            "role": config.role,
+            "name": config.name,
+            "host": config.host,
+            "version": intentd.__version__,
+            "boot": kit.boot,
+            "pid": os.getpid(),
+            "started_wall_s": self._started_wall_s,
+            "uptime_s": round(kit.clock.now() - self._started_s, 3),
+            "ready": not reasons,
+            "reasons": reasons,
+            "generation": kit.generation,
+            "config_path": str(kit.config_path) if kit.config_path else "",
+            "status_address": self._status.address if self._status else "",
+            "policies": self.daemon.policies(),
+            "controller": kit.link.summary() if kit.link is not None else None,
+            "loop_lag_s": self._watchdog.summary(),
+            "detail": self.daemon.status() if self._serving else {},
+        }
+
+    async def handle_admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Commands every daemon knows; the others go to the role."""
+        match command:
+            case "ping":
+                return {"role": self.config.role, "pid": os.getpid(), "boot": self.kit.boot}
+            case "status":
+                return self.status()
+            case "ready":
+                reasons = self.unready()
+                return {"ready": not reasons, "reasons": reasons}
+            case "reload":
+                return await self.reload()
+            case "config":
+                return self.config.model_dump(mode="json")
+            case "metrics":
+                return {"text": self.kit.metrics.render().decode()}
+            case "dump":
+                self.log_dump()
+                return self.daemon.dump()
+        return await self.daemon.admin(command, args)
+
+    # -- one process a role and run directory ------------------------------------------------
+
+    def _take_lock(self) -> None:
+        path = self.config.run_dir / f"{self.config.role}.lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        except OSError as error:
+            raise IntentdError(f"run_dir: cannot open {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            raise IntentdError(
+                f"run_dir: {path} is held by process {owner or '?'}: "
+                f"one {self.config.role} a run directory"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        self._lock_file = descriptor
+
+    def _release_lock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+
+def prepare_directory(path: Path, mode: int) -> None:
+    """Make a directory; one in a shared place (/tmp) must be ours alone. Raises IntentdError."""
+    try:
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(mode)
+        found = path.stat(follow_symlinks=False)
+    except OSError as error:
+        raise IntentdError(f"cannot make directory {path}: {error.strerror}") from None
+    parent = path.parent.stat()
+    if parent.st_mode & stat.S_ISVTX and found.st_uid not in (0, os.geteuid()):
+        raise IntentdError(f"{path}: owned by uid {found.st_uid}, expected this user's directory")
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def log_context(config: CommonConfig) -> dict[str, str]:
+    return {"role": config.role, "name": config.name}
+
+
+def journal() -> bool:
+    """Whether standard error is the journal (systemd sets JOURNAL_STREAM to its device:inode)."""
+    given = os.environ.get("JOURNAL_STREAM", "")
+    try:
+        found = os.fstat(2)
+    except OSError:
+        return False
+    return given == f"{found.st_dev}:{found.st_ino}"
+
+
+def parse_arguments(role: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"intentd-{role}", description=f"The {role} daemon of intentd.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"TOML file (default: {default_config_path(role)} if it exists, else the defaults)",
+    )
+    parser.add_argument(
+        "--check-config", action="store_true", help="validate the configuration and exit"
+    )
+    parser.add_argument("--version", action="version", version=f"intentd {intentd.__version__}")
+    return parser.parse_args(argv)
+
+
+def run_daemon(daemon_class: type[Daemon[Any]], argv: Sequence[str] | None = None) -> int:
+    """Parse arguments and configuration, then run until stopped. Returns the exit status."""
+    role = daemon_class.role
+    model = daemon_class.config_model
+    if model.role != role:
+        raise TypeError(f"{model.__name__}.role is {model.role!r}, expected {role!r}")
+    arguments = parse_arguments(role, argv)
+    path: Path | None = arguments.config
+    if path is None and default_config_path(role).exists():
+        path = default_config_path(role)
+
+    def load() -> Any:
+        return load_config(model, path, os.environ)
+
+    try:
+        config = load()
+    except InvalidConfigError as error:
+        origin = path or "environment"
+        for item in error.errors:
+            print(f"intentd-{role}: {origin}: {item}", file=sys.stderr)
+        return EXIT_USAGE
+    if arguments.check_config:
+        print(f"intentd-{role}: {path or 'defaults'}: ok")
+        return EXIT_OK
+    os.umask(os.umask(0) | 0o027)
+    configure_logging(config.log.level, config.log.format, log_context(config), journal=journal())
+    kit = Kit(role, config_path=path, notifier=Notifier.from_environment(os.environ))
+
+    async def main() -> int:
+        return await Lifecycle(daemon_class, config, kit, load).run()
+
+    import uvloop  # not needed to check a configuration
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())

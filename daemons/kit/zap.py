@@ -1,0 +1,87 @@
+"""CURVE on ZeroMQ sockets: server and client set-up, and the allow list of client keys.
+
+libzmq asks a handler at inproc://zeromq.zap.01 of the same context about every connection (ZAP,
+ZeroMQ RFC 27). Ours runs in the event loop like any other socket: no thread, no zmq.auth.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import zmq
+
+from intentd.daemons.kit.keys import CurveKeys
+from intentd.daemons.kit.metrics import Metrics
+from intentd.daemons.kit.zmqfd import ZmqStream
+
+_log = logging.getLogger(__name__)
+
+ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
+ZAP_DOMAIN: Final = b"intentd"
+MAX_LOGGED: Final = 256
+
+
+def secure_server(socket: zmq.Socket[bytes], keys: CurveKeys) -> None:
+    """Make a socket a CURVE server, before bind. Start a ZapServer on its context first."""
+    socket.setsockopt(zmq.CURVE_SERVER, 1)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+
+
+def secure_client(socket: zmq.Socket[bytes], keys: CurveKeys, server_public: bytes) -> None:
+    """Make a socket a CURVE client, before connect."""
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    socket.setsockopt(zmq.CURVE_SERVERKEY, server_public)
+
+
+class ZapServer:
+    """Lets in the keys of an allow list; the User-Id of a peer is what the list says of its key."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        allowed: dict[bytes, str],
+        metrics: Metrics,
+    ) -> None:
+        self._context = context
+        self._allowed = dict(allowed)
+        self._metrics = metrics
+        self._stream: ZmqStream | None = None
+        self._logged: set[bytes] = set()
+
+    def start(self) -> None:
+        """Answer from now on. Once a context, before any secured socket binds."""
+        socket = self._context.socket(zmq.REP)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(ZAP_ENDPOINT)
+        self._stream = ZmqStream(socket, self._asked)
+        self._stream.start()
+
+    def stop(self) -> None:
+        if self._stream is not None:
+            self._stream.stop()
+            self._stream = None
+
+    def allow(self, allowed: dict[bytes, str]) -> None:
+        """Replace the list; connections that stand stay until they close."""
+        self._allowed = dict(allowed)
+        self._logged.clear()
+
+    def _asked(self, parts: list[bytes]) -> None:
+        assert self._stream is not None
+        request = parts[1] if len(parts) > 1 else b""
+        mechanism = parts[5] if len(parts) > 5 else b""
+        key = parts[6] if len(parts) > 6 else b""
+        user = self._allowed.get(key) if mechanism == b"CURVE" else None
+        if user is None:
+            self._metrics.link_dropped.labels("denied_key").inc()
+            if key not in self._logged and len(self._logged) < MAX_LOGGED:
+                self._logged.add(key)
+                address = parts[3].decode("ascii", "replace") if len(parts) > 3 else ""
+                _log.warning("key not allowed", extra={"key": key.hex(), "address": address})
+            answer = [b"1.0", request, b"400", b"key not allowed", b"", b""]
+        else:
+            answer = [b"1.0", request, b"200", b"OK", user.encode(), b""]
+        self._stream.send(answer)

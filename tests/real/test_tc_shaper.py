@@ -1,0 +1,519 @@
+"""HTB on the real kernel: applied, read back, changed in place, repaired, given back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from intentd.agent.tc import plan
+from intentd.agent.tc.netlink import KernelThread, TrafficControl
+from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
+from intentd.core.errors import PolicyError
+from intentd.core.flows.policy import ClassPolicy, DomainPolicy
+from intentd.testbed import netns
+
+pytestmark = [pytest.mark.real, pytest.mark.netns]
+SRC = Path(__file__).parents[2] / "src"
+
+
+def policy(
+    *weights: float,
+    rate_bps: float = 1e9,
+    dscps: tuple[int, ...] = (),
+    priorities: tuple[int, ...] = (),
+) -> DomainPolicy:
+    last = len(weights) - 1
+    return DomainPolicy(
+        "link",
+        rate_bps,
+        tuple(
+            ClassPolicy(
+                math.inf if index == last else 1e4 * 10**index,
+                weight,
+                dscp=dscps[index] if dscps else 0,
+                priority=priorities[index] if priorities else 0,
+            )
+            for index, weight in enumerate(weights)
+        ),
+    )
+
+
+@pytest.fixture
+def net() -> Iterator[netns.Topology]:
+    reason = netns.unavailable()
+    if reason:
+        pytest.skip(reason)
+    with netns.Topology("ttc") as topology:
+        yield topology
+
+
+@pytest.fixture
+def node(net: netns.Topology) -> netns.Namespace:
+    node, peer = net.namespace("node"), net.namespace("peer")
+    net.pair(node, peer)
+    return node
+
+
+Opener = Callable[..., ShapingHost]
+
+
+@pytest.fixture
+async def host_in(tmp_path: Path) -> AsyncIterator[Opener]:
+    hosts: list[ShapingHost] = []
+
+    def make(namespace: netns.Namespace, control: TrafficControl | None = None) -> ShapingHost:
+        with namespace.entered():
+            hosts.append(ShapingHost(tmp_path / "tc.json", control))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        await host.close()
+
+
+def root_qdisc(namespace: netns.Namespace, device: str = "eth0") -> str:
+    shown = namespace.tc("qdisc", "show", "dev", device, "root").stdout
+    return " ".join(shown.split()[1:3])
+
+
+def classes(namespace: netns.Namespace, device: str = "eth0") -> dict[str, str]:
+    text = namespace.tc("class", "show", "dev", device).stdout
+    return {line.split()[2]: line for line in text.splitlines()}
+
+
+def without_counters(namespace: netns.Namespace) -> str:
+    text = namespace.tc("-d", "qdisc", "show", "dev", "eth0").stdout
+    return re.sub(r"direct_packets_stat \d+", "", text)
+
+
+async def test_apply_is_what_tc_shows_and_restore_gives_back(
+    node: netns.Namespace, host_in: Opener, tmp_path: Path
+) -> None:
+    host = host_in(node)
+    shaper = host.shaper("eth0")
+    assert shaper.priority_of(0) == 0
+    before = node.tc("qdisc", "show", "dev", "eth0").stdout
+    state = await shaper.apply(policy(0.5, 0.3, 0.2))
+    assert (state.state, state.reason) == (Shaping.SHAPED, "")
+    assert root_qdisc(node) == "htb 2d17:"
+    shown = classes(node)
+    assert sorted(shown) == ["2d17:1", "2d17:10", "2d17:11", "2d17:12", "2d17:8"]
+    assert "rate 495Mbit ceil 1Gbit" in shown["2d17:10"]
+    assert "rate 10Mbit ceil 1Gbit" in shown["2d17:8"]
+    assert "limit 1000p" in node.tc("qdisc", "show", "dev", "eth0", "parent", "2d17:12").stdout
+    assert shaper.priority_of(2) == 0x2D170012
+    assert json.loads((tmp_path / "tc.json").read_text())["devices"][0]["kind"] == "noqueue"
+    status = shaper.status()
+    assert status["state"] == "shaped"
+    assert status["link_up"] is True
+    assert status["guarded"] is True
+    assert [row["role"] for row in status["classes"]] == [
+        "link", "unmarked", "class 0", "class 1", "class 2",
+    ]  # fmt: skip
+    await shaper.restore()
+    assert node.tc("qdisc", "show", "dev", "eth0").stdout == before
+    assert not (tmp_path / "tc.json").exists()
+    assert shaper.priority_of(2) == 0
+
+
+async def test_changes_are_made_in_place_and_only_where_something_differs(
+    node: netns.Namespace, host_in: Opener
+) -> None:
+    shaper = host_in(node).shaper("eth0")
+    await shaper.apply(policy(0.5, 0.3, 0.2))
+    made = shaper.status()["changes"]
+    await shaper.apply(policy(0.5, 0.3, 0.2))
+    assert shaper.status()["changes"] == made
+    await shaper.apply(policy(0.5, 0.2, 0.3))
+    assert shaper.status()["changes"] == made + 2
+    assert "rate 198Mbit" in classes(node)["2d17:11"]
+    await shaper.apply(policy(0.6, 0.4))
+    assert "2d17:12" not in classes(node)
+    await shaper.apply(policy(0.5, 0.3, 0.2, priorities=(0, 1, 2)))
+    assert "prio 2" in classes(node)["2d17:12"]
+    await shaper.apply(policy(1.0, rate_bps=40e9))
+    assert "rate 39600Mbit ceil 40Gbit" in classes(node)["2d17:10"]
+    assert await shaper.verify() == shaper.state
+    assert shaper.status()["repairs"] == 0
+
+
+async def test_dscp_filters_for_both_families_follow_the_policy(
+    node: netns.Namespace, host_in: Opener
+) -> None:
+    host = host_in(node)
+    shaper = host.shaper("eth0")
+    await shaper.apply(policy(0.5, 0.5, dscps=(46, 10)))
+    shown = node.tc("filter", "show", "dev", "eth0").stdout
+    assert "match b8000000/fc000000 at 1" in shown
+    assert "match 02800000/0fc00000 at 0" in shown
+    wanted = plan.tree_for(policy(0.5, 0.5, dscps=(46, 10)))
+    seen = await host.thread.call(lambda: host.control.read("eth0"))
+    assert {f.shape for f in seen.tree.filters} == set(wanted.filters)
+    await shaper.apply(policy(0.5, 0.5, dscps=(10, 0)))
+    shown = node.tc("filter", "show", "dev", "eth0").stdout
+    assert "b8000000" not in shown
+    assert len(re.findall(r"flowid 2d17:10", shown)) == 2
+    with pytest.raises(PolicyError, match=r"classes\[1\].dscp"):
+        await shaper.apply(policy(0.5, 0.5, dscps=(10, 10)))
+    assert shaper.state.state is Shaping.SHAPED
+
+
+async def test_drift_is_repaired_and_a_missing_device_comes_back(
+    node: netns.Namespace, net: netns.Topology, host_in: Opener
+) -> None:
+    shaper = host_in(node).shaper("eth0")
+    await shaper.apply(policy(0.7, 0.3))
+    node.tc(
+        *[
+            "class",
+            "change",
+            "dev",
+            "eth0",
+            "classid",
+            "2d17:10",
+            "parent",
+            "2d17:1",
+            "htb",
+            "rate",
+            "1mbit",
+            "ceil",
+            "2mbit",
+        ]
+    )
+    node.tc(*["class", "del", "dev", "eth0", "classid", "2d17:11"])
+    assert (await shaper.verify()).state is Shaping.SHAPED
+    assert shaper.status()["repairs"] == 3  # two classes, one queue
+    assert "rate 693Mbit ceil 1Gbit" in classes(node)["2d17:10"]
+    node.tc(*["qdisc", "del", "dev", "eth0", "root"])
+    await shaper.verify()
+    assert root_qdisc(node) == "htb 2d17:"
+    node.ip("link", "set", "eth0", "down")
+    await shaper.verify()
+    assert shaper.status()["link_up"] is False
+    node.ip("link", "del", "eth0")
+    state = await shaper.verify()
+    assert (state.state, state.reason) == (Shaping.FAILED, "device 'eth0' does not exist")
+    assert shaper.priority_of(0) == 0
+    net.pair(node, net.namespaces["peer"], left_device="eth0", right_device="eth0")
+    assert (await shaper.verify()).state is Shaping.SHAPED
+    assert root_qdisc(node) == "htb 2d17:"
+
+
+@pytest.mark.parametrize("kind", ["htb", "tbf rate 10mbit burst 16k latency 50ms", "pfifo"])
+async def test_foreign_qdisc_is_never_touched(
+    node: netns.Namespace, host_in: Opener, tmp_path: Path, kind: str
+) -> None:
+    node.tc(*f"qdisc add dev eth0 root handle 1: {kind}".split())
+    before = without_counters(node)
+    host = host_in(node)
+    shaper = host.shaper("eth0")
+    state = await shaper.apply(policy(0.5, 0.5))
+    assert state.state is Shaping.FOREIGN
+    assert f"{kind.split()[0]} 1:" in state.reason
+    assert shaper.priority_of(0) == 0
+    await shaper.verify()
+    await shaper.restore()
+    assert without_counters(node) == before
+    assert not (tmp_path / "tc.json").exists()
+
+
+async def test_qdisc_put_over_ours_is_left_at_restore(
+    node: netns.Namespace, host_in: Opener
+) -> None:
+    shaper = host_in(node).shaper("eth0")
+    await shaper.apply(policy(0.5, 0.5))
+    node.tc(*["qdisc", "replace", "dev", "eth0", "root", "handle", "7:", "pfifo"])
+    assert (await shaper.verify()).state is Shaping.FOREIGN
+    await shaper.restore()
+    assert root_qdisc(node) == "pfifo 7:"
+
+
+async def test_kernel_without_the_qdisc_says_so_once_and_is_unshaped(
+    node: netns.Namespace, host_in: Opener, tmp_path: Path
+) -> None:
+    missing = next(
+        (
+            kind
+            for kind in ("fq", "sfq", "drr", "plug")
+            if "unknown" in node.tc("qdisc", "add", "dev", "lo", "root", kind, check=False).stderr
+        ),
+        None,
+    )
+    if missing is None:
+        pytest.skip("this kernel has every qdisc asked for")
+    shaper = host_in(node, TrafficControl(root_kind=missing)).shaper("eth0")
+    state = await shaper.apply(policy(0.5, 0.5))
+    assert state.state is Shaping.UNSHAPED
+    assert state.reason.startswith("ordered but unshaped: InstallRoot on eth0: No such file")
+    assert "lacks the qdisc" in state.reason
+    assert root_qdisc(node) == "noqueue 0:"
+    assert not (tmp_path / "tc.json").exists()
+
+
+async def test_devices_that_cannot_be(node: netns.Namespace, host_in: Opener) -> None:
+    host = host_in(node)
+    for device, reason in (
+        ("nosuch0", "device 'nosuch0' does not exist"),
+        ("a-name-too-long-for-it", "1 to 15 bytes"),
+    ):
+        state = await host.shaper(device).apply(policy(1.0))
+        assert state.state is Shaping.FAILED
+        assert reason in state.reason
+    state = await host.shaper("").apply(policy(1.0))
+    assert (state.state, state.reason) == (
+        Shaping.UNSHAPED,
+        "ordered but unshaped: no device is configured",
+    )
+
+
+async def test_refused_change_in_place_puts_the_old_tree_back(
+    node: netns.Namespace, host_in: Opener
+) -> None:
+    class RefusesClass(TrafficControl):
+        def _make(self, index: int, change: plan.Change) -> None:
+            if isinstance(change, plan.PutClass) and change.shape.minor == 0x12:
+                # a parent that is not there: the kernel's own refusal
+                node.tc(
+                    *[
+                        "class",
+                        "add",
+                        "dev",
+                        "eth0",
+                        "parent",
+                        "2d17:99",
+                        "classid",
+                        "2d17:12",
+                        "htb",
+                        "rate",
+                        "1mbit",
+                    ]
+                )
+            super()._make(index, change)
+
+    shaper = host_in(node, RefusesClass()).shaper("eth0")
+    await shaper.apply(policy(0.7, 0.3))
+    before = classes(node)
+    state = await shaper.apply(policy(0.5, 0.3, 0.2))
+    assert state.state is Shaping.FAILED
+    assert classes(node) == before
+
+
+AGENT = """
+import asyncio, pathlib, sys
+from intentd.agent.tc.netlink import has_net_admin
+from intentd.agent.tc.shaper import ShapingHost
+from intentd.core.flows.policy import ClassPolicy, DomainPolicy
+async def main():
+    host = ShapingHost(pathlib.Path(sys.argv[1]))
+    shaper = host.shaper("eth0")
+    state = await shaper.apply(DomainPolicy("link", 1e9, (ClassPolicy(float("inf"), 1.0),)))
+    print(state.state.value, host.guard.pid, state.reason, flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await host.close()
+asyncio.run(main())
+"""
+
+
+def agent(node: netns.Namespace, state: Path, *before: str) -> tuple[subprocess.Popen[bytes], str]:
+    process = node.popen(
+        [*before, sys.executable, "-c", AGENT, str(state)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().decode().strip()
+
+
+def gone(pid: int) -> bool:
+    """Wait for the end of a process that is no child of ours."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], 20)[0])
+    finally:
+        os.close(fd)
+
+
+def test_killed_agent_leaves_the_device_as_found(node: netns.Namespace, tmp_path: Path) -> None:
+    process, said = agent(node, tmp_path / "tc.json")
+    assert said.startswith("shaped ")
+    assert root_qdisc(node) == "htb 2d17:"
+    guard = int(said.split()[1])
+    os.kill(guard, signal.SIGTERM)  # what a service manager sends to the whole group
+    process.kill()
+    process.wait()
+    assert gone(guard)
+    assert root_qdisc(node) == "noqueue 0:"
+    assert not (tmp_path / "tc.json").exists()
+
+
+def test_stopped_agent_restores_and_its_guard_ends(node: netns.Namespace, tmp_path: Path) -> None:
+    process, said = agent(node, tmp_path / "tc.json")
+    assert said.startswith("shaped ")
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20) == 0
+    assert root_qdisc(node) == "noqueue 0:"
+    assert gone(int(said.split()[1]))
+
+
+def test_restore_command_leaves_a_living_agent_alone_then_cleans_up(
+    node: netns.Namespace, tmp_path: Path
+) -> None:
+    state = tmp_path / "tc.json"
+    process, said = agent(node, state)
+    guard = int(said.split()[1])
+    os.kill(guard, signal.SIGKILL)
+    command = [sys.executable, "-m", "intentd.agent.tc.restore", "--state", str(state), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    refused = node.run(command, env=env)
+    assert refused.returncode == 1
+    assert f"pid {process.pid}" in refused.stderr
+    process.kill()
+    process.wait()
+    assert root_qdisc(node) == "htb 2d17:"
+    done = node.run(command, env=env)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["devices"][0]["outcome"] == "restored"
+    assert root_qdisc(node) == "noqueue 0:"
+    again = node.run(command, env=env)
+    assert (again.returncode, json.loads(again.stdout)) == (0, {"devices": []})
+    state.write_text("{}")
+    assert node.run(command, env=env).returncode == 2
+
+
+async def test_next_agent_adopts_what_a_killed_one_left(
+    node: netns.Namespace, tmp_path: Path, host_in: Opener
+) -> None:
+    process, said = agent(node, tmp_path / "tc.json")
+    os.kill(int(said.split()[1]), signal.SIGKILL)
+    process.kill()
+    process.wait()
+    shaper = host_in(node).shaper("eth0")
+    await shaper.apply(policy(0.5, 0.5))
+    assert shaper.status()["changes"] == 3  # two classes and the new one's queue, in place
+    record = json.loads((tmp_path / "tc.json").read_text())
+    assert record["owner"]["pid"] == os.getpid()
+    assert record["devices"][0]["kind"] == "noqueue"
+    await shaper.restore()
+    assert root_qdisc(node) == "noqueue 0:"
+
+
+async def test_second_agent_on_the_host_is_refused(
+    node: netns.Namespace, tmp_path: Path, host_in: Opener
+) -> None:
+    process, said = agent(node, tmp_path / "tc.json")
+    assert said.startswith("shaped")
+    state = await host_in(node).shaper("eth0").apply(policy(0.5, 0.5))
+    assert state.state is Shaping.FAILED
+    assert f"pid {process.pid}" in state.reason
+    assert len(classes(node)) == 3
+    process.kill()
+    process.wait()
+    assert gone(int(said.split()[1]))
+
+
+@pytest.mark.skipif(not Path("/usr/bin/setpriv").exists(), reason="setpriv is not installed")
+def test_without_privilege_it_says_so_and_touches_nothing(
+    node: netns.Namespace, tmp_path: Path
+) -> None:
+    process, said = agent(
+        node,
+        tmp_path / "tc.json",
+        "setpriv",
+        "--bounding-set=-net_admin",
+        "--inh-caps=-net_admin",
+    )
+    assert said == "unshaped None ordered but unshaped: this process lacks CAP_NET_ADMIN"
+    assert root_qdisc(node) == "noqueue 0:"
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+def test_pyroute2_is_imported_without_its_package_file() -> None:
+    code = (
+        "import sys; from intentd.agent.tc.netlink import TrafficControl as T; t = T();"
+        "t.device('lo'); t.read('lo'); t.close();"
+        "assert 'pyroute2.iproute.linux' in sys.modules;"
+        "assert not {'pyroute2', 'pyroute2.ndb', 'pyroute2.nftables', 'numpy'} & set(sys.modules);"
+        "import pyroute2; pyroute2.NDB"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        check=True,
+        timeout=60,
+    )
+
+
+async def test_works_beside_a_uvloop_policy(
+    node: netns.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvloop
+
+    monkeypatch.setattr(asyncio, "new_event_loop", uvloop.new_event_loop)
+    with node.entered():
+        thread = KernelThread()
+    try:
+        device = await thread.call(lambda: thread.control.device("eth0"))
+        assert device.kind == "veth"
+    finally:
+        thread.close()
+
+
+def make_downlink(net: netns.Topology) -> tuple[netns.Namespace, str]:
+    receiver = net.namespace("receiver")
+    net.star([receiver, net.namespace("s1"), net.namespace("s2")])
+    return receiver, "eth0"
+
+
+async def test_downlink_is_shaped_behind_an_ifb_and_given_back(
+    net: netns.Topology, host_in: Opener, tmp_path: Path
+) -> None:
+    receiver, device = make_downlink(net)
+    if receiver.ip("link", "add", "probe", "type", "ifb", check=False).returncode:
+        pytest.skip("this kernel has no IFB")
+    receiver.ip("link", "del", "probe")
+    links = receiver.ip("-br", "link").stdout
+    shaper = host_in(receiver).shaper(device, "ingress")
+    state = await shaper.apply(policy(0.7, 0.3, dscps=(10, 12)))
+    assert (state.state, state.reason) == (Shaping.SHAPED, "")
+    ifb = shaper.status()["classes"] and shaper._ifb_name
+    assert "rate 950Mbit" in classes(receiver, ifb)["2d17:1"]
+    assert shaper.priority_of(0) == 0
+    made = shaper.status()["changes"]
+    await shaper.apply(policy(0.7, 0.3, dscps=(10, 12)))
+    assert shaper.status()["changes"] == made
+    assert (await shaper.verify()).state is Shaping.SHAPED
+    state = await shaper.apply(policy(0.7, 0.3))
+    assert state.state is Shaping.UNSHAPED
+    assert "ordered but unshaped: the receiver tells classes by DSCP" in state.reason
+    assert receiver.ip("-br", "link").stdout == links
+    assert "ingress" not in receiver.tc("qdisc").stdout
+    assert not (tmp_path / "tc.json").exists()
+
+
+async def test_foreign_ingress_is_never_touched(net: netns.Topology, host_in: Opener) -> None:
+    receiver, device = make_downlink(net)
+    receiver.tc("qdisc", "add", "dev", device, "clsact")
+    before = receiver.tc("qdisc").stdout
+    shaper: Shaper = host_in(receiver).shaper(device, "ingress")
+    state = await shaper.apply(policy(0.7, 0.3, dscps=(10, 12)))
+    assert state.state is Shaping.FOREIGN
+    assert receiver.tc("qdisc").stdout == before
+    assert "ifb" not in receiver.ip("-br", "link").stdout

@@ -1,0 +1,155 @@
+"""Commands about one daemon: its configuration, reload, state, and ``explain``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from intentd.core.errors import ConfigError, IntentdError
+from intentd.daemons.ctl.output import ExitCode, JsonOption, fail, message, print_json, print_table
+from intentd.daemons.ctl.reach import admin_client, running_roles
+from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
+
+app = typer.Typer(add_completion=False)
+
+# role: the module whose ``config_model`` class is found by the name of its daemon class
+DAEMONS: Final = {
+    "controller": "intentd.controller.daemon",
+    "sequencer": "intentd.daemons.sequencer.daemon",
+    "agent": "intentd.agent.daemon",
+    "gpu": "intentd.daemons.gpu.daemon",
+    "proxy": "intentd.proxy.daemon",
+}
+
+RoleArgument = Annotated[str, typer.Argument(help="controller, sequencer, agent, gpu or proxy")]
+
+
+def daemon_class(role: str) -> Any:
+    """The Daemon class of a role. Raises IntentdError when it is unknown or not installed."""
+    from intentd.daemons.kit.lifecycle import Daemon
+
+    if role not in DAEMONS:
+        raise ConfigError("role", role, f"one of {', '.join(DAEMONS)}")
+    try:
+        module = importlib.import_module(DAEMONS[role])
+    except ModuleNotFoundError as error:
+        raise IntentdError(
+            f"role {role} is not installed here: {error.name} is missing "
+            f"(pip install 'intentd[{role}]')"
+        ) from None
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Daemon) and value is not Daemon:
+            return value
+    raise IntentdError(f"{DAEMONS[role]}: no daemon in this module")
+
+
+@app.command("check-config")
+def check_config(
+    role: RoleArgument,
+    path: Annotated[
+        Path | None, typer.Argument(help="Default: /etc/intentd/ROLE.toml, if it exists.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a configuration file; list every error with its path."""
+    from intentd.daemons.kit.config import InvalidConfigError, default_config_path, load_config
+
+    if path is None and default_config_path(role).exists():
+        path = default_config_path(role)
+    model = daemon_class(role).config_model
+    errors: list[str] = []
+    try:
+        load_config(model, path, os.environ)
+    except InvalidConfigError as error:
+        errors = [str(item) for item in error.errors]
+    if as_json:
+        print_json({"role": role, "path": str(path or ""), "ok": not errors, "errors": errors})
+    for line in errors:
+        message(f"{path or 'environment'}: {line}")
+    if errors:
+        raise typer.Exit(int(ExitCode.USAGE))
+    if not as_json:
+        print(f"{path or 'defaults'}: ok")
+
+
+@app.command("config")
+def config(
+    role: RoleArgument,
+    running: Annotated[
+        bool, typer.Option("--running", help="What the running daemon uses, instead of defaults.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The table of docs/operations.md.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List a role's settings: path, type, default, description."""
+    from intentd.daemons.kit.config import describe, markdown_table
+
+    if running:
+        print_json(admin_client(role).call("config"))
+        return
+    model = daemon_class(role).config_model
+    if markdown:
+        print(markdown_table(model), end="")
+        return
+    rows = list(describe(model))
+    if as_json:
+        print_json(
+            [
+                {
+                    "path": row.path,
+                    "type": row.kind,
+                    "default": row.default,
+                    "description": row.description,
+                }
+                for row in rows
+            ]
+        )
+        return
+    print_table(
+        ("setting", "type", "default", "what it does"),
+        [(row.path, row.kind, row.default, row.description) for row in rows],
+    )
+
+
+@app.command("reload")
+def reload(role: RoleArgument, as_json: JsonOption = False) -> None:
+    """Reload a daemon's configuration and wait for the outcome; a refusal says why."""
+    answer = admin_client(role).call("reload")
+    if as_json:
+        print_json(answer)
+    else:
+        print(f"{role}: reloaded, generation {answer['generation']}")
+
+
+@app.command("dump")
+def dump(role: RoleArgument) -> None:
+    """A daemon's internal state as JSON (also written to its log)."""
+    print_json(admin_client(role).call("dump"))
+
+
+@app.command("explain")
+def explain(
+    identifier: Annotated[str, typer.Argument(help="A flow, job or request id.")],
+    role: Annotated[str, typer.Option(help="Ask only this role.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What was decided about a flow, job or request, from which inputs, with what alternatives."""
+    answers: list[str] = []
+    for name in [role] if role else running_roles():
+        try:
+            answer = admin_client(name).call("explain", id=identifier)
+        except (AdminRefusedError, AdminUnreachableError) as error:
+            answers.append(f"{name}: {error}")
+            continue
+        print_json(answer) if as_json else print(json.dumps(answer, indent=2))
+        return
+    if not answers:
+        fail("no daemon runs here", ExitCode.UNREACHABLE)
+    fail(f"nobody knows {identifier!r}: " + "; ".join(answers))

@@ -1,0 +1,135 @@
+"""``intentctl status``: every member, live, from the controller and the local admin sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from intentd.core.units import format_duration
+from intentd.daemons.ctl.output import ExitCode, JsonOption, message, print_json, print_table
+from intentd.daemons.ctl.reach import admin_sockets
+from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.callback()
+def _group() -> None:
+    """Makes the one command below a subcommand."""
+
+
+def gather(run_dir: Path | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+    """``{"daemons": {role: status}, "unreachable": {role: why}, "members": [...]}``."""
+    daemons: dict[str, Any] = {}
+    unreachable: dict[str, str] = {}
+    for role, path in admin_sockets(run_dir).items():
+        try:
+            daemons[role] = AdminClient(path, timeout_s).call("status")
+        except (AdminUnreachableError, AdminRefusedError) as error:
+            unreachable[role] = str(error)
+    members = daemons.get("controller", {}).get("detail", {}).get("members", [])
+    return {"daemons": daemons, "unreachable": unreachable, "members": members}
+
+
+def code_of(document: dict[str, Any]) -> ExitCode:
+    """3 when nothing answers, 4 when something is down, not ready or cut off, else 0."""
+    if not document["daemons"]:
+        return ExitCode.UNREACHABLE
+    unready = any(not status["ready"] for status in document["daemons"].values())
+    apart = any(
+        status["controller"] is not None and not status["controller"]["connected"]
+        for status in document["daemons"].values()
+    )
+    gone = any(not member["connected"] for member in document["members"])
+    refused = any(member["refused"] for member in document["members"])
+    if unready or apart or gone or refused or document["unreachable"]:
+        return ExitCode.DEGRADED
+    return ExitCode.OK
+
+
+def render(document: dict[str, Any]) -> None:
+    """Two tables: the daemons of this machine, and the members the controller knows."""
+    rows = [
+        (
+            role,
+            status["name"],
+            "ready" if status["ready"] else "; ".join(status["reasons"]),
+            format_duration(status["uptime_s"]),
+            _numbers(status["policies"]),
+            _link(status["controller"]),
+            format_duration(status["loop_lag_s"]["p99"]),
+            status["status_address"],
+        )
+        for role, status in document["daemons"].items()
+    ]
+    rows += [
+        (role, "", f"unreachable: {why}", *[""] * 5)
+        for role, why in document["unreachable"].items()
+    ]
+    print_table(
+        ("daemon", "name", "state", "up", "policies", "controller", "lag p99", "status at"), rows
+    )
+    if document["members"]:
+        print()
+        print_table(
+            ("member", "name", "host", "state", "heard", "policies", "refused"),
+            [
+                (
+                    member["role"],
+                    member["name"],
+                    member["host"],
+                    "connected" if member["connected"] else "gone",
+                    format_duration(member["heard_s_ago"]) + " ago",
+                    _numbers(member["policies"]),
+                    "; ".join(item["reason"] for item in member["refused"].values()),
+                )
+                for member in document["members"]
+            ],
+        )
+
+
+def _numbers(policies: dict[str, list[int]]) -> str:
+    return ", ".join(f"{name} {era}.{number}" for name, (era, number) in policies.items()) or "-"
+
+
+def _link(controller: dict[str, Any] | None) -> str:
+    if controller is None:
+        return "-"
+    state = "connected" if controller["connected"] else "away"
+    return f"{state} {format_duration(controller['since_s'])}"
+
+
+@app.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show again until Ctrl-C.")] = False,
+    interval_s: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds.")] = 1.0,
+    run_dir: Annotated[Path | None, typer.Option(help="Directory of the admin sockets.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show all daemons and members; exits 4 if anything is degraded, 3 if none runs."""
+    if watch:
+        _watch(lambda: gather(run_dir), interval_s)
+    document = gather(run_dir)
+    if as_json:
+        print_json(document)
+    elif document["daemons"] or document["unreachable"]:
+        render(document)
+    else:
+        message("intentctl: no daemon runs here (intentctl up starts the suite)")
+    raise typer.Exit(int(code_of(document)))
+
+
+def _watch(read: Callable[[], dict[str, Any]], interval_s: float) -> None:
+    """Redraw until interrupted."""
+    try:
+        while True:
+            document = read()
+            print("\x1b[H\x1b[2J", end="")
+            render(document)
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        raise typer.Exit(int(ExitCode.OK)) from None

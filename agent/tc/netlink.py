@@ -322,19 +322,19 @@ def _filter_key(shape: DscpFilter) -> str:
 
 def _parse_class(message: Any) -> tuple[HtbClass, ClassCounters]:
     options = message.get_attr("TCA_OPTIONS")
-    parms = options.get_attr("TCA_HTB_PARMS")
-    rate = options.get_attr("TCA_HTB_RATE64") or parms["rate"]  # bytes per second
-    ceil = options.get_attr("TCA_HTB_CEIL64") or parms["ceil"]
+    htb = options.get_attr("TCA_HTB_PARMS")
+    rate = options.get_attr("TCA_HTB_RATE64") or htb["rate"]  # bytes per second
+    ceil = options.get_attr("TCA_HTB_CEIL64") or htb["ceil"]
     parent = int(message["parent"])
     shape = HtbClass(
         minor=int(message["handle"]) & 0xFFFF,
         parent_minor=0 if parent == TC_H_ROOT else parent & 0xFFFF,
         rate_bps=int(rate) * 8,
         ceil_bps=int(ceil) * 8,
-        burst_bytes=round(parms["buffer"] * TICK_S * rate),
-        cburst_bytes=round(parms["cbuffer"] * TICK_S * ceil),
-        quantum_bytes=int(parms["quantum"]),
-        prio=int(parms["prio"]),
+        burst_bytes=round(htb["buffer"] * TICK_S * rate),
+        cburst_bytes=round(htb["cbuffer"] * TICK_S * ceil),
+        quantum_bytes=int(htb["quantum"]),
+        prio=int(htb["prio"]),
     )
     stats = message.get_attr("TCA_STATS2")
     basic, queue = stats.get_attr("TCA_STATS_BASIC"), stats.get_attr("TCA_STATS_QUEUE")

@@ -110,7 +110,7 @@ def restore_all(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when nothing of ours is left, 1 when something is, 2 for bad input."""
+    """Exit status 0 when done, 1 when refused or a device failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m intentd.agent.tc.restore", description=__doc__)
     parser.add_argument("--state", type=Path, required=True, help="the agent's state file, tc.json")
     parser.add_argument("--force", action="store_true", help="even while the agent runs")

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from intentd.core.errors import InputError
 from intentd.core.flows.boost import solve_gamma
-from intentd.core.flows.policies import MAX_LOAD, make_domain_policy
+from intentd.core.flows.policies import MAX_LOAD, SizeSample, make_domain_policy
 from intentd.core.flows.policy import MAX_CLASSES, DomainPolicy
 
 Array = NDArray[np.float64]
@@ -219,7 +219,7 @@ def policy_from_sample(
         name,
         domain=domain,
         rate_bps=rate_bps,
-        sizes=ordered,
+        sizes=SizeSample(ordered.tolist()),
         load=load,
         thresholds_bytes=fit.thresholds_bytes,
         weights=fit.weights,

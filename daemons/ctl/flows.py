@@ -1,0 +1,119 @@
+"""intentctl flows: size classes, live state of the domains, why a flow waited."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from intentd.core.errors import InputError
+
+if TYPE_CHECKING:
+    from intentd.core.flows.workloads import Workload
+
+app = typer.Typer(help="Network flows: classes, queues, completion times.", no_args_is_help=True)
+
+MAX_FILE_BYTES = 64 * 2**20
+
+WorkloadOption = Annotated[
+    str | None,
+    typer.Option(help="data-mining, web-search, cache, hadoop, uniform or uniform-chapter."),
+]
+CdfOption = Annotated[
+    Path | None, typer.Option(help="File of size_bytes,cdf lines, linear between the points.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
+ThresholdsOption = Annotated[
+    str, typer.Option(help="algorithm1, or published (the prototype's own table).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps the commands of the group named, even while there is only one."""
+
+
+def chosen_workload(name: str | None, cdf: Path | None) -> Workload:
+    """The size distribution that --workload or --cdf names. Raises InputError."""
+    from intentd.core.flows.workloads import Workload, parse_cdf, workload
+
+    if (name is None) == (cdf is None):
+        given = "neither" if name is None else "both"
+        raise InputError("--workload, --cdf", given, "exactly one of them")
+    if name is not None:
+        return workload(name)
+    assert cdf is not None
+    try:
+        if cdf.stat().st_size > MAX_FILE_BYTES:
+            raise InputError("--cdf", str(cdf), f"a file of at most {MAX_FILE_BYTES} bytes")
+        text = cdf.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("--cdf", str(cdf), f"a readable text file ({error})") from None
+    return Workload(cdf.name, parse_cdf(text, str(cdf)), f"file {cdf}")
+
+
+def chosen_thresholds(item: Workload, thresholds: str) -> tuple[float, ...] | None:
+    """None for Algorithm 1, else the published preset. Raises InputError."""
+    if thresholds == "algorithm1":
+        return None
+    if thresholds != "published":
+        raise InputError("--thresholds", thresholds, "algorithm1 or published")
+    from intentd.core.flows.workloads import WORKLOADS
+
+    if item.name not in WORKLOADS:
+        raise InputError("--thresholds", thresholds, "algorithm1 (a file has no published table)")
+    return item.published_thresholds_bytes
+
+
+@app.command("classes")
+def classes(
+    workload: WorkloadOption = None,
+    cdf: CdfOption = None,
+    samples: Annotated[
+        int, typer.Option(min=1, max=50_000_000, help="Flow sizes to draw.")
+    ] = 10_000,
+    seed: SeedOption = 1,
+    thresholds: ThresholdsOption = "algorithm1",
+    as_json: JsonOption = False,
+) -> None:
+    """Size classes of a workload: thresholds (Algorithm 1), weights (job shares), C^2 in each."""
+    try:
+        item = chosen_workload(workload, cdf)
+        preset = chosen_thresholds(item, thresholds)
+    except InputError as error:
+        refuse(error)
+    import numpy as np
+
+    from intentd.core.flows.classes import fit_classes
+    from intentd.core.flows.sampling import sample_sizes
+
+    fit = fit_classes(sample_sizes(item.cdf, samples, np.random.default_rng(seed)), preset)
+    limits = [None if limit == math.inf else limit for limit in fit.thresholds_bytes]
+    if as_json:
+        document = {
+            "thresholds": limits,
+            "weights": list(fit.weights),
+            "c2": list(fit.c2),
+            "samples": fit.samples,
+        }
+        typer.echo(json.dumps(document))
+        return
+    from intentd.core.units import format_size
+
+    typer.echo(f"{item.name}: {len(limits)} classes from {fit.samples} flow sizes")
+    typer.echo(f"{'class':>5} {'up to':>10} {'weight':>8} {'C^2':>6}")
+    for index, (limit, weight, c2) in enumerate(
+        zip(fit.thresholds_bytes, fit.weights, fit.c2, strict=True)
+    ):
+        typer.echo(f"{index:>5} {format_size(limit):>10} {weight:>8.4f} {c2:>6.3f}")
+
+
+def refuse(error: InputError) -> None:
+    """Say what is wrong with the input and exit with 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(2)

@@ -1,0 +1,122 @@
+"""intentctl sim: the decisions of the daemons on a virtual clock."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from intentd.core.errors import InputError
+from intentd.daemons.ctl.flows import (
+    CdfOption,
+    JsonOption,
+    SeedOption,
+    ThresholdsOption,
+    WorkloadOption,
+    chosen_thresholds,
+    chosen_workload,
+    refuse,
+)
+
+app = typer.Typer(help="Simulations that drive the daemons' own code.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps the commands of the group named, even while there is only one."""
+
+
+ALL_POLICIES = "2d,2d-boost,htb,ps,fifo,srpt,np-sjf,baraat,aalo,pias,lps"
+CLASS_SAMPLES = 100_000
+
+
+@app.command("flows")
+def flows(
+    workload: WorkloadOption = None,
+    cdf: CdfOption = None,
+    load: Annotated[float, typer.Option(help="Offered share of the link.")] = 0.8,
+    flows: Annotated[int, typer.Option(help="Flows in the trace.")] = 100_000,
+    seed: SeedOption = 1,
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ALL_POLICIES,
+    rate: Annotated[str, typer.Option(help="Capacity of the link.")] = "10Gbit",
+    thresholds: ThresholdsOption = "algorithm1",
+    weights: Annotated[
+        str, typer.Option(help="job-shares, or virtual-ps (equation 2.1 at every event).")
+    ] = "job-shares",
+    as_json: JsonOption = False,
+) -> None:
+    """Completion times of one trace under each policy, on one fluid link."""
+    try:
+        item = chosen_workload(workload, cdf)
+        preset = chosen_thresholds(item, thresholds)
+        if weights not in ("job-shares", "virtual-ps"):
+            raise InputError("--weights", weights, "job-shares or virtual-ps")
+        from intentd.core.units import parse_rate_bps
+
+        link_bps = parse_rate_bps(rate, "--rate")
+        names = _policy_names(policies)
+        from intentd.core.flows.sampling import poisson_trace
+
+        trace = poisson_trace(item.cdf, load=load, rate_bps=link_bps, flows=flows, seed=seed)
+    except InputError as error:
+        refuse(error)
+    import numpy as np
+
+    from intentd.core.flows.classes import policy_from_sample
+    from intentd.core.flows.sampling import sample_sizes
+    from intentd.core.sim.flows import NO_MAX_WAIT_S, fct_metrics, simulate, simulate_srpt
+
+    # The classes come from flows that are not in the trace: a generator of its own.
+    sample = sample_sizes(item.cdf, CLASS_SAMPLES, np.random.default_rng([seed, 1]))
+    results: dict[str, dict[str, float]] = {}
+    for position, name in enumerate(names):
+
+        def show(done: int, name: str = name, position: int = position) -> None:
+            text = f"\r{position + 1}/{len(names)} {name}: {done}/{flows} flows "
+            print(text, end="", file=sys.stderr, flush=True)
+
+        progress = show if sys.stderr.isatty() else None
+        if name == "srpt":
+            outcome = simulate_srpt(trace, link_bps, progress=progress)
+        else:
+            policy = policy_from_sample(
+                name,
+                sample,
+                domain="sim",
+                rate_bps=link_bps,
+                load=load,
+                thresholds_bytes=preset,
+                workload=item.name,
+                max_wait_s=NO_MAX_WAIT_S,
+            )
+            emulate = weights == "virtual-ps" and name in ("2d", "2d-boost", "htb")
+            outcome = simulate(trace, policy, virtual_ps_weights=emulate, progress=progress)
+        results[name] = fct_metrics(outcome.fct_s)
+        if progress is not None:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if as_json:
+        typer.echo(json.dumps({"policies": results, "link_bps": link_bps}))
+        return
+    from intentd.core.units import format_duration, format_rate
+
+    typer.echo(f"{item.name}, {flows} flows at {load:.0%} of {format_rate(link_bps)}, seed {seed}")
+    heads = next(iter(results.values()))
+    typer.echo("policy    " + "".join(f"{head.removesuffix('_s'):>10}" for head in heads))
+    for name, metrics in results.items():
+        cells = "".join(f"{format_duration(value):>10}" for value in metrics.values())
+        typer.echo(f"{name:<10}{cells}")
+
+
+def _policy_names(text: str) -> list[str]:
+    from intentd.core.flows.policies import POLICIES
+
+    known = (*POLICIES, "srpt")
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise InputError("--policies", text, f"some of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise InputError("--policies", name, f"some of {', '.join(known)}")
+    return names

@@ -364,13 +364,16 @@ def _parse_filter(message: Any) -> SeenFilter:
     # pyroute2 0.9.7 decodes u32 keys four bytes early (it skips the selector's fields but not its
     # attribute header): val holds the mask, off the value in network order, offmask the offset.
     key = selector["keys"][0]
-    mask, value = int(key["key_val"]), socket.ntohl(int(key["key_off"]) & 0xFFFFFFFF)
-    if protocol == "ipv4" and mask == 0xFC000000:
-        dscp = value >> 26
-    elif protocol == "ipv6" and mask == 0x0FC00000:
-        dscp = value >> 22 & 0x3F
-    else:
-        return foreign
+    value = socket.ntohl(int(key["key_off"]) & 0xFFFFFFFF)
+    match protocol, int(key["key_val"]), int(key["key_offmask"]):
+        case "ipv4", 0xFC000000, 1:  # as pyroute2 packs it
+            dscp = value >> 26
+        case "ipv4", 0x00FC0000, 0:  # as the tc tool does
+            dscp = value >> 18
+        case "ipv6", 0x0FC00000, 0:
+            dscp = value >> 22
+        case _:
+            return foreign
     return SeenFilter(pref, handle, DscpFilter(protocol, dscp, target & 0xFFFF))
 
 

@@ -190,7 +190,7 @@ class Announce:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The flow has left. started_ns, ended_ns: CLOCK_MONOTONIC of first and last byte, 0 unknown."""
+    """The flow has left. started_ns, ended_ns: CLOCK_MONOTONIC of first and last byte, or 0."""
 
     request: int
     bytes_sent: int

@@ -37,6 +37,10 @@ _FD_BYTES: Final = array.array("i").itemsize
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(_FD_BYTES)
 _CREDENTIALS: Final = struct.Struct("3i")
 _LINGER: Final = struct.Struct("ii")
+# As plain integers: arithmetic on IntFlag members costs more than receiving the packet.
+_TRUNCATED: Final = int(socket.MSG_TRUNC)
+_DESCRIPTORS_LOST: Final = int(socket.MSG_CTRUNC)
+_RECEIVE_FLAGS: Final = int(socket.MSG_CMSG_CLOEXEC)
 _MARKABLE_PROTOCOLS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
@@ -287,7 +291,7 @@ class AppSocket:
                 return
             try:
                 packet, ancillary, flags, _ = receive(
-                    wire.MAX_PACKET, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                    wire.MAX_PACKET, _ANCILLARY_BYTES, _RECEIVE_FLAGS
                 )
             except BlockingIOError:
                 return
@@ -300,12 +304,12 @@ class AppSocket:
             fds = _descriptors(ancillary) if ancillary else []
             passed: socket.socket | None = None
             try:
-                if flags & socket.MSG_TRUNC:
+                if flags & _TRUNCATED:
                     raise ProtocolError(
                         wire.E_MALFORMED, "packet", "more", f"at most {wire.MAX_PACKET} bytes"
                     )
                 message = wire.decode_request(packet)
-                if fds or flags & socket.MSG_CTRUNC:
+                if fds or flags & _DESCRIPTORS_LOST:
                     passed = _take_socket(fds, message)
                 self._handler.message(application, message, passed)
             except ProtocolError as error:
@@ -379,9 +383,7 @@ def _take_socket(fds: list[int], message: FromApplication) -> socket.socket:
     try:
         passed = socket.socket(fileno=fds[0])
     except OSError:
-        raise ProtocolError(
-            wire.E_SOCKET, "descriptor", "no socket", expected, request
-        ) from None
+        raise ProtocolError(wire.E_SOCKET, "descriptor", "no socket", expected, request) from None
     fds.clear()
     if (
         passed.family not in (socket.AF_INET, socket.AF_INET6)

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -87,8 +88,8 @@ class _Fileno(Protocol):
     def fileno(self) -> int: ...
 
 
-class _AgentGone(Exception):
-    """The agent cannot answer; ``reason`` becomes the flow's ``degraded``."""
+class _AgentGoneError(Exception):
+    """No turn from the agent; ``reason`` becomes the flow's ``degraded``."""
 
     def __init__(self, reason: str, text: str = "") -> None:
         super().__init__(reason)
@@ -148,24 +149,24 @@ def _open_packet(
 
 
 class _Reply:
-    """What the agent has said about one request so far. Filled by whoever reads the connection."""
+    """What the agent has said about one request so far, filed by whoever reads."""
 
-    __slots__ = ("answer", "grant", "marked", "wake", "waiter")
+    __slots__ = ("answer", "grant", "marked", "waiter", "wake")
 
     def __init__(self) -> None:
         self.answer = 0.0  # a QUEUED came: wait no longer than this many seconds
-        self.grant: tuple[int, ...] | _AgentGone | None = None
+        self.grant: tuple[int, ...] | _AgentGoneError | None = None
         self.marked: tuple[int, ...] | None = None
         self.wake: threading.Lock | None = None
         self.waiter: asyncio.Future[None] | None = None
 
 
 def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
-    """File a packet under its request; the reply that changed. Raises _AgentGone("protocol")."""
+    """File a packet under its request; the reply that changed. May raise _AgentGoneError."""
     try:
         magic, version, kind, request = _HEADER.unpack_from(packet)
         if magic != _MAGIC or version != _VERSION:
-            raise _AgentGone("protocol", f"agent speaks {magic:#06x} version {version}")
+            raise _AgentGoneError("protocol", f"agent speaks {magic:#06x} version {version}")
         reply = replies.get(request)
         if kind == _GRANT:
             values = _GRANT_PACKET.unpack(packet)
@@ -184,7 +185,7 @@ def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
         elif kind == _ERROR:
             _, _, _, _, _, length = _ERROR_PACKET.unpack_from(packet)
             text = packet[_ERROR_PACKET.size : _ERROR_PACKET.size + length]
-            gone = _AgentGone("refused", text.decode("utf-8", "replace"))
+            gone = _AgentGoneError("refused", text.decode("utf-8", "replace"))
             if reply is not None:
                 if reply.grant is None:
                     reply.grant = gone
@@ -193,7 +194,7 @@ def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
         elif kind != _WELCOME:
             return None
     except struct.error:
-        raise _AgentGone("protocol", f"unreadable packet of {len(packet)} bytes") from None
+        raise _AgentGoneError("protocol", f"unreadable packet of {len(packet)} bytes") from None
     return reply
 
 
@@ -280,7 +281,7 @@ class _FlowState:
         self.marked = bool(flags & _GRANT_MARKED)
         self._early_fin, self._rate_bps = early, rate
 
-    def _failed(self, gone: _AgentGone) -> None:
+    def _failed(self, gone: _AgentGoneError) -> None:
         self.degraded, self.error = gone.reason, gone.text
 
     def _needs_mark(self, sock: Any) -> bool:
@@ -427,7 +428,7 @@ class _Connection:
         self._replies.pop(request, None)
 
     def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
-        """Raises _AgentGone; never waits longer than the answer timeout."""
+        """Raises _AgentGoneError; never waits longer than the answer timeout."""
         try:
             if sock is None:
                 self._sock.send(packet)
@@ -435,12 +436,12 @@ class _Connection:
                 self._sock.sendmsg([packet], _fd_ancillary(sock))
         except BlockingIOError:
             self.fail("slow")
-            raise _AgentGone("slow") from None
+            raise _AgentGoneError("slow") from None
         except OSError as error:
             if sock is not None and error.errno in (errno.EBADF, errno.EINVAL):
                 raise  # the caller's socket is closed: their mistake, not the agent's
             self.fail("closed")
-            raise _AgentGone("closed") from None
+            raise _AgentGoneError("closed") from None
 
     def fail(self, reason: str) -> None:
         """End the connection for everyone: all that wait get the reason."""
@@ -449,13 +450,11 @@ class _Connection:
                 return
             self.dead = True
             waiting = list(self._replies.values())
-        try:
+        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # also ends the reader's recv
-        except OSError:
-            pass
         for reply in waiting:
             if reply.grant is None:
-                reply.grant = _AgentGone(reason)
+                reply.grant = _AgentGoneError(reason)
             elif reply.marked is None:
                 reply.marked = ()
             self._wake(reply)
@@ -509,7 +508,7 @@ class _Connection:
             return
         try:
             changed = _understand(packet, self._replies)
-        except _AgentGone as gone:
+        except _AgentGoneError as gone:
             self.fail(gone.reason)
             return
         if changed is not None:
@@ -526,10 +525,8 @@ class _Connection:
     @staticmethod
     def _wake(reply: _Reply) -> None:
         if reply.wake is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # already awake
                 reply.wake.release()
-            except RuntimeError:  # already awake
-                pass
 
 
 def _has_grant(reply: _Reply) -> bool:
@@ -574,7 +571,7 @@ class Flow(_FlowState):
         try:
             connection.send(_HEADER.pack(_MAGIC, _VERSION, _MARK, self._request), sock)
             connection.wait(reply, _has_mark, _MARK_TIMEOUT_S, 0.0)
-        except _AgentGone:
+        except _AgentGoneError:
             return False
         return bool(reply.marked)
 
@@ -641,7 +638,7 @@ class Flow(_FlowState):
         try:
             if self._connection is not None and self._connection.pid == os.getpid():
                 self._connection.send(packet)
-        except _AgentGone:
+        except _AgentGoneError:
             pass  # the agent learns it from the connection's end
 
     def __enter__(self) -> Flow:
@@ -689,7 +686,7 @@ class Flows(_Settings):
         began = time.monotonic()
         try:
             self._ask(flow, packet, sock)
-        except _AgentGone as gone:
+        except _AgentGoneError as gone:
             flow._failed(gone)
             if gone.reason not in ("refused", "timeout"):
                 self._retry.failed(gone.reason)
@@ -720,7 +717,7 @@ class Flows(_Settings):
                 connection.wait(reply, _has_grant, _MARK_TIMEOUT_S, 0.0)
             finally:
                 connection.forget(request)
-        except _AgentGone as gone:
+        except _AgentGoneError as gone:
             if gone.reason != "refused":
                 self._retry.failed(gone.reason)
             return False
@@ -739,13 +736,11 @@ class Flows(_Settings):
         flow._request = request
         try:
             connection.send(packet[:4] + request.to_bytes(4, "big") + packet[8:], sock)
-            granted = connection.wait(
-                reply, _has_grant, self._answer_timeout_s, self._max_wait_s
-            )
+            granted = connection.wait(reply, _has_grant, self._answer_timeout_s, self._max_wait_s)
             grant = reply.grant
             if not granted or grant is None:
                 raise self._late(connection, request, reply)
-            if isinstance(grant, _AgentGone):
+            if isinstance(grant, _AgentGoneError):
                 raise grant
         except BaseException:
             connection.forget(request)
@@ -753,15 +748,13 @@ class Flows(_Settings):
         flow._granted(grant)
         flow._connection, flow._reply = connection, reply
 
-    def _late(self, connection: _Connection, request: int, reply: _Reply) -> _AgentGone:
+    def _late(self, connection: _Connection, request: int, reply: _Reply) -> _AgentGoneError:
         if not reply.answer:  # not even QUEUED: the agent hangs
             connection.fail("slow")
-            return _AgentGone("slow")
-        try:
+            return _AgentGoneError("slow")
+        with contextlib.suppress(_AgentGoneError):
             connection.send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, request))
-        except _AgentGone:
-            pass
-        return _AgentGone("timeout")
+        return _AgentGoneError("timeout")
 
     def _connected(self) -> _Connection:
         connection = self._connection
@@ -772,12 +765,12 @@ class Flows(_Settings):
             if connection is not None and not connection.dead and connection.pid == os.getpid():
                 return connection
             if self._retry.holds():
-                raise _AgentGone(self._retry.reason)
+                raise _AgentGoneError(self._retry.reason)
             self._connection = None
             try:
                 connection = _Connection(self.path, self._hello())
             except OSError:
-                raise _AgentGone("absent") from None
+                raise _AgentGoneError("absent") from None
             self._retry.succeeded()
             self._connection = connection
             return connection
@@ -820,7 +813,7 @@ class _AsyncConnection:
 
     def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
         if self.dead:
-            raise _AgentGone("closed")
+            raise _AgentGoneError("closed")
         try:
             if sock is not None:
                 # Sockets do not queue behind a slow agent: the flow goes unmarked instead.
@@ -833,17 +826,17 @@ class _AsyncConnection:
             if sock is None:
                 self._queue(packet)
                 return
-            raise _AgentGone("slow") from None
+            raise _AgentGoneError("slow") from None
         except OSError as error:
             if sock is not None and error.errno in (errno.EBADF, errno.EINVAL):
                 raise
             self.fail("closed")
-            raise _AgentGone("closed") from None
+            raise _AgentGoneError("closed") from None
 
     def _queue(self, packet: bytes) -> None:
         if len(self._backlog) >= 4096:
             self.fail("slow")
-            raise _AgentGone("slow")
+            raise _AgentGoneError("slow")
         if not self._backlog:
             self.loop.add_writer(self._sock.fileno(), self._writable)
         self._backlog.append(packet)
@@ -873,7 +866,7 @@ class _AsyncConnection:
         self._sock.close()
         for reply in list(self._replies.values()):
             if reply.grant is None:
-                reply.grant = _AgentGone(reason)
+                reply.grant = _AgentGoneError(reason)
             elif reply.marked is None:
                 reply.marked = ()
             self._wake(reply)
@@ -891,7 +884,7 @@ class _AsyncConnection:
                 return
             try:
                 changed = _understand(packet, self._replies)
-            except _AgentGone as gone:
+            except _AgentGoneError as gone:
                 self.fail(gone.reason)
                 return
             if changed is not None:
@@ -956,7 +949,7 @@ class AsyncFlow(_FlowState):
         try:
             connection.send(_HEADER.pack(_MAGIC, _VERSION, _MARK, self._request), sock)
             await connection.wait(reply, _has_mark, _MARK_TIMEOUT_S, 0.0)
-        except _AgentGone:
+        except _AgentGoneError:
             return False
         return bool(reply.marked)
 
@@ -1031,7 +1024,7 @@ class AsyncFlow(_FlowState):
         try:
             if self._connection is not None and self._connection.pid == os.getpid():
                 self._connection.send(packet)
-        except _AgentGone:
+        except _AgentGoneError:
             pass  # the agent learns it from the connection's end
 
 
@@ -1112,7 +1105,7 @@ class AsyncFlows(_Settings):
         began = time.monotonic()
         try:
             await self._ask(flow, packet, sock)
-        except _AgentGone as gone:
+        except _AgentGoneError as gone:
             flow._failed(gone)
             if gone.reason not in ("refused", "timeout"):
                 self._retry().failed(gone.reason)
@@ -1135,13 +1128,13 @@ class AsyncFlows(_Settings):
             if not granted or grant is None:
                 if not reply.answer:
                     connection.fail("slow")
-                    raise _AgentGone("slow")
-                raise _AgentGone("timeout")
-            if isinstance(grant, _AgentGone):
+                    raise _AgentGoneError("slow")
+                raise _AgentGoneError("timeout")
+            if isinstance(grant, _AgentGoneError):
                 raise grant
         except BaseException as error:
             connection.forget(request)
-            refused = isinstance(error, _AgentGone) and error.reason != "timeout"
+            refused = isinstance(error, _AgentGoneError) and error.reason != "timeout"
             if sent and not refused and not connection.dead:
                 connection.send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, request))
             raise
@@ -1168,12 +1161,12 @@ class AsyncFlows(_Settings):
             connection.fail("closed")  # its loop has ended
         retry = self._retry()
         if retry.holds():
-            raise _AgentGone(retry.reason)
+            raise _AgentGoneError(retry.reason)
         self._local.connection = None
         try:
             connection = _AsyncConnection(self.path, self._hello(), loop)
         except OSError:
-            raise _AgentGone("absent") from None
+            raise _AgentGoneError("absent") from None
         retry.succeeded()
         self._local.connection = connection
         return connection

@@ -1,0 +1,785 @@
+"""The gate shell: applications' messages become events of the gates, releases become GRANTs.
+
+It holds no policy. Which flow goes first is the gate's decision (``core.flows``), the same object
+that the simulator drives; here are only names, bounds, records and measuring. Nothing awaits:
+every call runs to its end on the loop, with the clock's ``now`` read once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from intentd.agent import app_protocol as wire
+from intentd.agent.app_protocol import FromApplication, ProtocolError
+from intentd.agent.app_socket import Application
+from intentd.agent.measure import Meter, quantiles
+from intentd.core.errors import InputError
+from intentd.core.flows.gate import GateFullError, Release
+from intentd.core.flows.policy import ClassPolicy, DomainPolicy
+
+log = logging.getLogger(__name__)
+
+WAITING: Final = "waiting"
+SENDING: Final = "sending"
+RECENT: Final = 4096  # ended flows that `explain` still knows
+_UINT32_MAX: Final = 2**32 - 1
+_STAMP_SLACK_NS: Final = 1_000_000
+_ROUTES: Final = 4096  # peers whose domain is remembered
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Marker = Callable[[socket.socket, int, int], None]  # (socket, SO_PRIORITY, DSCP); raises OSError
+
+
+class Gate(Protocol):
+    """What the shell drives: FlowGate's calls; DomainGate has them and the turn protocol's."""
+
+    def arrive(
+        self, flow: int, size_bytes: int, *, now: float, class_index: int | None = None
+    ) -> list[Release]: ...
+    def finish(self, flow: int, *, now: float) -> list[Release]: ...
+    def cancel(self, flow: int, *, now: float) -> list[Release]: ...
+    def announce(self, flow: int, *, now: float) -> list[Release]: ...
+    def expire(self, *, now: float) -> list[Release]: ...
+    def next_timer(self) -> float | None: ...
+    def set_policy(self, policy: DomainPolicy, *, now: float) -> list[Release]: ...
+    def class_index_of(self, flow: int) -> int | None: ...
+    def queue_lengths(self) -> list[int]: ...
+    def active(self) -> list[int]: ...
+
+
+class FlowRecord:
+    """One flow, from OPEN to its end, and a while longer for `explain`."""
+
+    __slots__ = (
+        "ahead",
+        "application",
+        "arrived",
+        "class_index",
+        "degraded",
+        "domain",
+        "ended",
+        "flow",
+        "hint",
+        "marked_priority",
+        "name",
+        "number",
+        "outcome",
+        "peer",
+        "pid",
+        "policy",
+        "previous_end_ns",
+        "queues",
+        "released",
+        "request",
+        "sent_bytes",
+        "size",
+        "started_ns",
+        "uid",
+    )
+
+    def __init__(
+        self, flow: int, application: Application, message: wire.Open, domain: Domain | None
+    ) -> None:
+        self.flow = flow
+        self.application: Application | None = application
+        self.name, self.pid, self.uid = application.name, application.pid, application.uid
+        self.request = message.request
+        self.domain = domain
+        self.size = message.size_bytes
+        self.peer = message.peer
+        self.hint = message.class_hint
+        self.policy = domain.policy if domain is not None else None
+        self.number = domain.number if domain is not None else (0, 0)
+        self.class_index = 0
+        self.arrived = 0.0
+        self.released = -1.0
+        self.ended = -1.0
+        self.degraded = ""
+        self.outcome = WAITING
+        self.queues: tuple[int, ...] = ()
+        self.ahead = 0
+        self.sent_bytes = 0
+        self.started_ns = 0
+        self.previous_end_ns = 0
+        self.marked_priority = -1
+
+
+class Domain:
+    """One link domain of this host: its gate, policy, meter, and how its flows are marked."""
+
+    def __init__(self, name: str, policy: DomainPolicy, gate: Gate) -> None:
+        self.name = name
+        self.policy = policy
+        self.gate = gate
+        self.number: tuple[int, int] = (0, 0)
+        self.meter = Meter()
+        self.shaped = False
+        self.priorities: tuple[int, ...] = ()  # SO_PRIORITY per class; empty: not marked
+        self.early_fin_bytes = 0
+        self.timer: float | None = None
+        self.grant_flags = 0
+        self.adopt(policy, (0, 0))
+
+    def adopt(self, policy: DomainPolicy, number: tuple[int, int]) -> None:
+        """Remember the policy the gate now follows."""
+        cut = [cls.threshold_bytes for cls in policy.classes]
+        if cut != [cls.threshold_bytes for cls in self.policy.classes]:
+            self.meter.forget_classes()
+        self.policy, self.number = policy, number
+        self.early_fin_bytes = min(policy.early_fin_bytes, _UINT32_MAX)
+        self.rate_bps = int(policy.rate_bps)
+        self.max_wait_ms = min(int(policy.max_wait_s * 1000) + 1, _UINT32_MAX)
+
+    def mark_with(self, priorities: tuple[int, ...], shaped: bool) -> None:
+        self.priorities, self.shaped = priorities, shaped
+        self.grant_flags = wire.GRANT_SHAPED if shaped else 0
+
+    def priority(self, class_index: int) -> int:
+        return self.priorities[class_index] if class_index < len(self.priorities) else 0
+
+    def dscp(self, class_index: int) -> int:
+        classes = self.policy.classes
+        return classes[class_index].dscp if class_index < len(classes) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Flows to peers in network belong to domain."""
+
+    network: Network
+    domain: str
+
+
+class Counts:
+    """What the shell counts beyond the domains' meters; read by the metrics."""
+
+    def __init__(self) -> None:
+        self.errors = 0
+        self.marks = 0
+        self.mark_failures = 0
+        self.no_domain = 0
+        self.died_holding = 0
+        self.opened = 0
+
+
+class GateShell:
+    """Applications on one side, the domains' gates on the other (see the module's docstring).
+
+    now: the clock. mark: sets a socket's class. woken: told the earliest time ``tick`` has
+    something to do, whenever that becomes earlier. changed: told a domain after its gate was
+    called, so that its outbox is sent (turn protocol).
+    """
+
+    def __init__(
+        self,
+        *,
+        now: Callable[[], float],
+        mark: Marker,
+        woken: Callable[[float], None] = lambda at: None,
+        changed: Callable[[Domain], None] = lambda domain: None,
+        boot: int = 0,
+        max_flows: int = 16384,
+        honour_hints: bool = True,
+        recent: int = RECENT,
+    ) -> None:
+        self.domains: dict[str, Domain] = {}
+        self.counts = Counts()
+        self.flows: dict[int, FlowRecord] = {}
+        self.connections = 0
+        self.stopping = False
+        self.can_mark = True
+        self._now = now
+        self._mark = mark
+        self._woken = woken
+        self._changed = changed
+        self._boot = boot
+        self._max_flows = max_flows
+        self._honour_hints = honour_hints
+        self._routes: list[Route] = []
+        self._default = ""
+        self._route_cache: OrderedDict[str, Domain | None] = OrderedDict()
+        self._recent: deque[FlowRecord] = deque(maxlen=recent)
+        self._next_flow = 1
+        self._wake_at: float | None = None
+        self._actions: dict[type, Callable[[Application, Any, socket.socket | None], None]] = {
+            wire.Open: self._open,
+            wire.Done: self._done,
+            wire.Announce: self._announce,
+            wire.Cancel: self._cancel,
+            wire.Mark: self._mark_flow,
+            wire.Hello: self._hello,
+            wire.Stats: self._stats,
+        }
+
+    # -- domains ----------------------------------------------------------------------------------
+
+    def set_domains(self, domains: list[Domain], routes: list[Route], default: str) -> None:
+        """The domains of this host. Flows of a domain that is left out are released at once."""
+        now = self._now()
+        kept = {domain.name: domain for domain in domains}
+        gone = [d for name, d in self.domains.items() if kept.get(name) is not d]
+        self.domains = kept
+        self._routes = sorted(routes, key=lambda route: -route.network.prefixlen)
+        self._default = default
+        self._route_cache.clear()
+        for domain in gone:
+            self._abandon(domain, now)
+
+    def set_policy(self, domain: Domain, policy: DomainPolicy, number: tuple[int, int]) -> None:
+        """Swap a domain's policy: nothing that waits is lost, running flows stay."""
+        now = self._now()
+        releases = domain.gate.set_policy(policy, now=now)
+        domain.adopt(policy, number)
+        for record in self.flows.values():
+            if record.domain is domain:
+                record.class_index = domain.gate.class_index_of(record.flow) or 0
+        self._after(domain, releases, now)
+
+    def _abandon(self, domain: Domain, now: float) -> None:
+        for record in [r for r in self.flows.values() if r.domain is domain]:
+            if record.outcome == WAITING:
+                self._grant(record, Release(record.flow, record.class_index, "policy"), now)
+            record.domain = None
+
+    def _domain_of(self, message: wire.Open) -> Domain | None:
+        """By name, else by the peer's longest matching network, else the default. May raise."""
+        if message.domain:
+            domain = self.domains.get(message.domain)
+            if domain is None:
+                known = ", ".join(sorted(self.domains)) or "none"
+                raise ProtocolError(
+                    wire.E_UNKNOWN,
+                    "OPEN.domain",
+                    message.domain,
+                    f"one of this agent's domains ({known})",
+                    message.request,
+                )
+            return domain
+        if not message.peer or not self._routes:
+            return self.domains.get(self._default)
+        cache = self._route_cache
+        if message.peer in cache:
+            return cache[message.peer]
+        address = ipaddress.ip_address(message.peer)
+        found = next((r.domain for r in self._routes if address in r.network), self._default)
+        if len(cache) >= _ROUTES:
+            cache.popitem(last=False)
+        domain = cache[message.peer] = self.domains.get(found)
+        return domain
+
+    # -- the application socket's handler ---------------------------------------------------------
+
+    def message(
+        self, application: Application, message: FromApplication, passed: socket.socket | None
+    ) -> None:
+        self._actions[type(message)](application, message, passed)
+
+    def refused(self, application: Application, error: ProtocolError) -> None:
+        self.counts.errors += 1
+        log.debug("refused", extra={"pid": application.pid, "reason": str(error)})
+
+    def left(self, application: Application) -> None:
+        """The application has gone, on purpose or not: what it held passes on at once."""
+        now = self._now()
+        for record in list(application.flows.values()):
+            if record.outcome == SENDING:
+                self.counts.died_holding += 1
+            self._end(record, "left", now)
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _hello(
+        self, application: Application, message: wire.Hello, _: socket.socket | None
+    ) -> None:
+        application.name = message.name
+        flags = wire.WELCOME_MARKS if self.can_mark else 0
+        if any(domain.shaped for domain in self.domains.values()):
+            flags |= wire.WELCOME_SHAPES
+        application.send(wire.encode_welcome(message.request, self._boot, flags, self._max_flows))
+
+    def _open(
+        self, application: Application, message: wire.Open, passed: socket.socket | None
+    ) -> None:
+        request = message.request
+        if self.stopping:
+            raise ProtocolError(
+                wire.E_STOPPING, "agent", "stopping", "that you send at once", request
+            )
+        domain = self._domain_of(message)
+        hint = self._hint(message, domain)
+        if message.flags & wire.MARK_ONLY:
+            self._mark_only(application, message, domain, hint, passed)
+            return
+        if request in application.flows:
+            raise ProtocolError(
+                wire.E_VALUE, "OPEN.request", request, "a number no open flow has", request
+            )
+        if len(application.flows) >= self._max_flows:
+            raise ProtocolError(
+                wire.E_LIMIT,
+                "flows",
+                len(application.flows) + 1,
+                f"at most {self._max_flows} on a connection",
+                request,
+            )
+        now = self._now()
+        flow = self._next_flow
+        record = FlowRecord(flow, application, message, domain)
+        record.arrived = now
+        if domain is None:
+            self._next_flow += 1
+            self.counts.no_domain += 1
+            self._enter(application, record)
+            self._grant(record, Release(flow, 0, "no_domain"), now)
+            return
+        try:
+            releases = domain.gate.arrive(flow, message.size_bytes, now=now, class_index=hint)
+        except GateFullError as error:
+            raise ProtocolError(
+                wire.E_LIMIT, "flows", "one more", f"at most {error.limit} in a domain", request
+            ) from None
+        self._next_flow += 1
+        self._enter(application, record)
+        record.class_index = domain.gate.class_index_of(flow) or 0
+        domain.meter.arrived(message.size_bytes, now)
+        if passed is not None:
+            self._mark_socket(record, passed)
+        self._after(domain, releases, now)
+        if record.outcome == WAITING:
+            self._queued(record, domain)
+
+    def _enter(self, application: Application, record: FlowRecord) -> None:
+        self.counts.opened += 1
+        application.flows[record.request] = record
+        self.flows[record.flow] = record
+
+    def _hint(self, message: wire.Open, domain: Domain | None) -> int | None:
+        if message.class_hint == wire.NO_CLASS or domain is None:
+            return None
+        last = len(domain.policy.classes) - 1
+        if message.class_hint > last:
+            raise ProtocolError(
+                wire.E_VALUE,
+                "OPEN.class_hint",
+                message.class_hint,
+                f"0 to {last} (domain {domain.name} has {last + 1} classes)",
+                message.request,
+            )
+        return message.class_hint if self._honour_hints else None
+
+    def _queued(self, record: FlowRecord, domain: Domain) -> None:
+        record.queues = tuple(domain.gate.queue_lengths())
+        index = record.class_index
+        record.ahead = record.queues[index] - 1 + domain.gate.active()[index]
+        if record.application is not None:
+            record.application.send(
+                wire.encode_queued(
+                    wire.Queued(
+                        record.request,
+                        record.flow,
+                        index,
+                        max(0, record.ahead),
+                        domain.max_wait_ms,
+                    )
+                )
+            )
+
+    def _record(self, application: Application, request: int, kind: str) -> FlowRecord:
+        record = application.flows.get(request)
+        if record is None:
+            raise ProtocolError(
+                wire.E_UNKNOWN,
+                f"{kind}.request",
+                request,
+                "the request of an open flow of this connection",
+                request,
+            )
+        assert isinstance(record, FlowRecord)
+        return record
+
+    def _done(self, application: Application, message: wire.Done, _: socket.socket | None) -> None:
+        record = self._record(application, message.request, "DONE")
+        now = self._now()
+        record.sent_bytes = message.bytes_sent
+        now_ns = int(now * 1e9)
+        ended_ns = now_ns
+        earliest = int(record.arrived * 1e9) - _STAMP_SLACK_NS
+        if earliest <= message.started_ns <= message.ended_ns <= now_ns + _STAMP_SLACK_NS:
+            record.started_ns, ended_ns = message.started_ns, message.ended_ns
+        elif record.released >= 0:
+            record.started_ns = int(record.released * 1e9)
+        self._end(record, "done", now, ended_ns)
+
+    def _announce(
+        self, application: Application, message: wire.Announce, _: socket.socket | None
+    ) -> None:
+        record = self._record(application, message.request, "ANNOUNCE")
+        domain = record.domain
+        if domain is None or record.outcome != SENDING:
+            return
+        now = self._now()
+        self._after(domain, domain.gate.announce(record.flow, now=now), now)
+
+    def _cancel(
+        self, application: Application, message: wire.Cancel, _: socket.socket | None
+    ) -> None:
+        record = self._record(application, message.request, "CANCEL")
+        self._end(record, "cancelled", self._now())
+
+    def _stats(
+        self, application: Application, message: wire.Stats, _: socket.socket | None
+    ) -> None:
+        if message.domain and message.domain not in self.domains:
+            known = ", ".join(sorted(self.domains)) or "none"
+            raise ProtocolError(
+                wire.E_UNKNOWN,
+                "STATS.domain",
+                message.domain,
+                f"one of this agent's domains ({known})",
+                message.request,
+            )
+        chosen = [d for d in self.domains.values() if message.domain in ("", d.name)]
+        application.send(
+            wire.encode_stats_reply(
+                wire.StatsReply(
+                    message.request,
+                    arrivals=sum(d.meter.arrivals for d in chosen),
+                    finished=sum(d.meter.finished for d in chosen),
+                    degraded=sum(d.meter.degraded.total() for d in chosen),
+                    waiting=sum(sum(d.gate.queue_lengths()) for d in chosen),
+                    active=sum(sum(d.gate.active()) for d in chosen),
+                    connections=self.connections,
+                    classes=sum(len(d.policy.classes) for d in chosen),
+                )
+            )
+        )
+
+    # -- marks ------------------------------------------------------------------------------------
+
+    def _mark_flow(
+        self, application: Application, message: wire.Mark, passed: socket.socket | None
+    ) -> None:
+        record = self._record(application, message.request, "MARK")
+        if passed is None:
+            raise ProtocolError(
+                wire.E_SOCKET, "descriptors", 0, "one socket with MARK", message.request
+            )
+        if not self._mark_socket(record, passed):
+            raise ProtocolError(
+                wire.E_SOCKET,
+                "descriptor",
+                "this socket",
+                "one this agent may mark (CAP_NET_ADMIN, and a domain)",
+                message.request,
+            )
+        domain = record.domain
+        assert domain is not None
+        application.send(
+            wire.encode_marked(
+                wire.Marked(
+                    message.request,
+                    record.class_index,
+                    domain.dscp(record.class_index),
+                    domain.priority(record.class_index),
+                )
+            )
+        )
+
+    def _mark_only(
+        self,
+        application: Application,
+        message: wire.Open,
+        domain: Domain | None,
+        hint: int | None,
+        passed: socket.socket | None,
+    ) -> None:
+        if passed is None or domain is None:
+            raise ProtocolError(
+                wire.E_SOCKET,
+                "OPEN",
+                "no socket" if passed is None else "no domain",
+                "one socket and a domain to mark it for",
+                message.request,
+            )
+        index = domain.policy.class_of(message.size_bytes) if hint is None else hint
+        priority, dscp = domain.priority(index), domain.dscp(index)
+        if not self._try_mark(passed, priority, dscp):
+            raise ProtocolError(
+                wire.E_SOCKET,
+                "descriptor",
+                "this socket",
+                "one this agent may mark (CAP_NET_ADMIN)",
+                message.request,
+            )
+        application.send(wire.encode_marked(wire.Marked(message.request, index, dscp, priority)))
+
+    def _mark_socket(self, record: FlowRecord, passed: socket.socket) -> bool:
+        domain = record.domain
+        if domain is None:
+            return False
+        index = record.class_index
+        if not self._try_mark(passed, domain.priority(index), domain.dscp(index)):
+            return False
+        record.marked_priority = domain.priority(index)
+        return True
+
+    def _try_mark(self, passed: socket.socket, priority: int, dscp: int) -> bool:
+        try:
+            self._mark(passed, priority, dscp)
+        except OSError as error:
+            self.counts.mark_failures += 1
+            log.debug("cannot mark", extra={"reason": str(error)})
+            return False
+        self.counts.marks += 1
+        return True
+
+    # -- gate -------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Release what has waited too long; call at the time told to ``woken``, or later."""
+        now = self._now()
+        self._wake_at = None
+        for domain in self.domains.values():
+            if domain.timer is not None and domain.timer <= now:
+                self._after(domain, domain.gate.expire(now=now), now)
+        for domain in self.domains.values():
+            self._watch(domain)
+
+    def released(self, domain: Domain, releases: list[Release]) -> None:
+        """The gate released flows for a reason from outside (a turn, a link that came back)."""
+        self._after(domain, releases, self._now())
+
+    def _after(self, domain: Domain, releases: list[Release], now: float) -> None:
+        for release in releases:
+            record = self.flows.get(release.flow)
+            if record is not None:
+                self._grant(record, release, now)
+        self._changed(domain)
+        domain.timer = domain.gate.next_timer()
+        self._watch(domain)
+
+    def _watch(self, domain: Domain) -> None:
+        timer = domain.timer
+        if timer is not None and (self._wake_at is None or timer < self._wake_at):
+            self._wake_at = timer
+            self._woken(timer)
+
+    def _grant(self, record: FlowRecord, release: Release, now: float) -> None:
+        index = release.class_index
+        record.class_index = index
+        record.released = now
+        record.degraded = release.degraded
+        record.outcome = SENDING
+        domain = record.domain
+        dscp = priority = early = rate = flags = 0
+        if domain is not None:
+            domain.meter.released(index, now - record.arrived, release.degraded)
+            dscp, priority = domain.dscp(index), domain.priority(index)
+            early, rate, flags = domain.early_fin_bytes, domain.rate_bps, domain.grant_flags
+            if priority and record.marked_priority == priority:
+                flags |= wire.GRANT_MARKED
+        if record.application is not None:
+            record.application.send(
+                wire.encode_grant(
+                    wire.Grant(
+                        record.request,
+                        record.flow,
+                        index,
+                        dscp,
+                        release.degraded if release.degraded in wire.REASON_CODES else "policy",
+                        flags,
+                        priority,
+                        early,
+                        rate,
+                    )
+                )
+            )
+
+    def _end(self, record: FlowRecord, outcome: str, now: float, ended_ns: int = 0) -> None:
+        """The flow leaves: DONE, CANCEL or the application's end."""
+        application = record.application
+        if application is not None:
+            application.flows.pop(record.request, None)
+        del self.flows[record.flow]
+        waiting = record.outcome == WAITING
+        record.application = None
+        record.ended = now
+        record.outcome = outcome
+        self._recent.append(record)
+        domain = record.domain
+        if domain is None:
+            return
+        gate, meter = domain.gate, domain.meter
+        if outcome == "done" and not waiting:
+            meter.done(record.class_index, now - record.arrived, record.sent_bytes)
+            if record.previous_end_ns:
+                meter.handed_over((record.started_ns - record.previous_end_ns) / 1e9)
+            releases = gate.finish(record.flow, now=now)
+        else:
+            meter.cancelled += 1
+            releases = gate.cancel(record.flow, now=now)
+        for release in releases:
+            heir = self.flows.get(release.flow)
+            if heir is not None and ended_ns and not release.degraded:
+                heir.previous_end_ns = ended_ns
+        self._after(domain, releases, now)
+
+    # -- for people -------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """What the controller hears of each domain, without the state of tc."""
+        now = self._now()
+        body = {}
+        for name, domain in self.domains.items():
+            part = domain.meter.report(now)
+            part["queue"] = domain.gate.queue_lengths()
+            part["active"] = domain.gate.active()
+            body[name] = part
+        return body
+
+    def describe(self, domain: Domain) -> dict[str, Any]:
+        """A domain's classes with queues, FCT and wait, for status and `flows`."""
+        meter, policy = domain.meter, domain.policy
+        queue, active = domain.gate.queue_lengths(), domain.gate.active()
+        return {
+            "policy": {"name": policy.name, "era": domain.number[0], "number": domain.number[1]},
+            "rate_bps": policy.rate_bps,
+            "shaped": domain.shaped,
+            "classes": [
+                {
+                    "index": index,
+                    "threshold_bytes": _finite(cls),
+                    "weight": cls.weight,
+                    "mpl": cls.mpl,
+                    "order": cls.order,
+                    "sequencing": cls.sequencing,
+                    "waiting": queue[index],
+                    "active": active[index],
+                    **meter.summary(index),
+                }
+                for index, cls in enumerate(policy.classes)
+            ],
+            "arrivals": meter.arrivals,
+            "arrived_bytes": meter.arrived_bytes,
+            "finished": meter.finished,
+            "cancelled": meter.cancelled,
+            "degraded": dict(meter.degraded),
+            "handover_s": quantiles(meter.handover),
+        }
+
+    def find(self, flow: int) -> FlowRecord | None:
+        """A flow that is open or ended not long ago."""
+        record = self.flows.get(flow)
+        if record is not None:
+            return record
+        return next((r for r in reversed(self._recent) if r.flow == flow), None)
+
+    def recent(self, count: int) -> list[FlowRecord]:
+        """The newest ended flows, newest first."""
+        return [record for _, record in zip(range(count), reversed(self._recent), strict=False)]
+
+    def explain(self, flow: int) -> dict[str, Any]:
+        """What was decided for a flow, from which inputs, what else was possible.
+
+        Raises InputError if the flow is not known (any more).
+        """
+        record = self.find(flow)
+        if record is None:
+            expected = f"an open flow or one of the last {self._recent.maxlen} that ended here"
+            raise InputError("flow", flow, expected)
+        return explain(record, self._now())
+
+
+def explain(record: FlowRecord, now: float) -> dict[str, Any]:
+    """A record as a story in plain types."""
+    plain: dict[str, Any] = {
+        "flow": record.flow,
+        "application": {"name": record.name, "pid": record.pid, "uid": record.uid},
+        "request": record.request,
+        "peer": record.peer or None,
+        "size_bytes": record.size,
+        "domain": record.domain.name if record.domain is not None else None,
+        "class": record.class_index,
+        "state": record.outcome,
+        "arrived_s_ago": max(0.0, now - record.arrived),
+        "waited_s": (record.released if record.released >= 0 else now) - record.arrived,
+        "start": _start(record),
+        "bytes_sent": record.sent_bytes,
+        "fct_s": record.ended - record.arrived if record.ended >= 0 else None,
+        "marked_priority": record.marked_priority if record.marked_priority >= 0 else None,
+    }
+    policy = record.policy
+    if policy is None:
+        plain["because"] = ["no domain of this host applies to the peer: not gated"]
+        return plain
+    plain["policy"] = {
+        "name": policy.name,
+        "era": record.number[0],
+        "number": record.number[1],
+        "max_wait_s": policy.max_wait_s,
+    }
+    plain["because"] = _because(record, policy)
+    plain["alternatives"] = _alternatives(record, policy)
+    return plain
+
+
+def _start(record: FlowRecord) -> str:
+    if record.released < 0:
+        return "not yet" if record.outcome == WAITING else "never"
+    return f"degraded: {record.degraded}" if record.degraded else "ordered"
+
+
+def _because(record: FlowRecord, policy: DomainPolicy) -> list[str]:
+    index = min(record.class_index, len(policy.classes) - 1)
+    cls = policy.classes[index]
+    lines = []
+    if record.hint != wire.NO_CLASS:
+        lines.append(f"class {index}: named by the application")
+    else:
+        lines.append(f"class {index}: size {record.size} <= threshold {cls.threshold_bytes:g}")
+    if cls.mpl == 0:
+        lines.append("no gate in this class: it starts at once")
+    elif not record.queues:
+        lines.append(f"fewer than {cls.mpl} of the class were sending and none waited: no wait")
+    else:
+        lines.append(
+            f"{record.ahead} flows of the class were ahead and {cls.mpl} may send at a time, "
+            f"order {cls.order}, sequenced {cls.sequencing}"
+        )
+    if record.degraded:
+        lines.append(f"started outside the guaranteed order: {record.degraded}")
+    lines.append(f"the class has {cls.weight:.3f} of the link while all classes are busy")
+    return lines
+
+
+def _alternatives(record: FlowRecord, policy: DomainPolicy) -> list[dict[str, Any]]:
+    """The other classes: what decided against each, and how many waited there then."""
+    rows = []
+    for index, cls in enumerate(policy.classes):
+        if index == record.class_index:
+            continue
+        fits = record.size <= cls.threshold_bytes
+        why = "a class before it takes this size" if fits else "the flow is larger"
+        if record.hint != wire.NO_CLASS:
+            why = "the application named another class"
+        waiting = record.queues[index] if index < len(record.queues) else 0
+        rows.append(
+            {
+                "class": index,
+                "threshold_bytes": _finite(cls),
+                "weight": cls.weight,
+                "not_because": why,
+                "waiting_then": waiting,
+            }
+        )
+    return rows
+
+
+def _finite(cls: ClassPolicy) -> float | None:
+    return None if cls.threshold_bytes == float("inf") else cls.threshold_bytes

@@ -156,6 +156,11 @@ class Route:
     domain: str
 
 
+def parse_network(text: str) -> Network:
+    """An address or network as text. Raises ValueError."""
+    return ipaddress.ip_network(text)
+
+
 class Counts:
     """What the shell counts beyond the domains' meters; read by the metrics."""
 
@@ -191,7 +196,7 @@ class GateShell:
         self.domains: dict[str, Domain] = {}
         self.counts = Counts()
         self.flows: dict[int, FlowRecord] = {}
-        self.connections = 0
+        self.connections: Callable[[], int] = lambda: 0
         self.stopping = False
         self.can_mark = True
         self._now = now
@@ -454,7 +459,7 @@ class GateShell:
                     degraded=sum(d.meter.degraded.total() for d in chosen),
                     waiting=sum(sum(d.gate.queue_lengths()) for d in chosen),
                     active=sum(sum(d.gate.active()) for d in chosen),
-                    connections=self.connections,
+                    connections=self.connections(),
                     classes=sum(len(d.policy.classes) for d in chosen),
                 )
             )

@@ -1,0 +1,357 @@
+"""intentd-agent: the host's daemon for network flows.
+
+It owns the application socket, one gate and one shaper a domain, and the links to sequencer and
+controller. The decisions are ``core.flows``'s, the wiring to applications ``agent/shell.py``'s;
+this module starts and stops the parts, applies policies and configuration, and tells people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from intentd.agent.app_socket import AppSocket
+from intentd.agent.config import AgentConfig, DomainSection
+from intentd.agent.marking import mark
+from intentd.agent.metrics import AgentCollector
+from intentd.agent.shell import Domain, GateShell, Route, explain, parse_network
+from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
+from intentd.core.errors import ConfigError, InputError, IntentdError
+from intentd.core.flows.gate import FlowGate
+from intentd.core.flows.policy import DomainPolicy, flows_from_plain
+from intentd.core.messages import NumberedPolicy, PolicyAck
+from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
+from intentd.daemons.kit.link import MemberLink
+
+log = logging.getLogger(__name__)
+
+_DRAIN_LOOK_S: Final = 0.02
+_RECENT_SHOWN: Final = 20
+_NUMBER_NONE: Final = (0, 0)  # a policy of the configuration file: any numbered one wins
+
+
+@dataclass(slots=True)
+class Held:
+    """A domain as this daemon holds it: configured by section, shaped unless shaper is None."""
+
+    section: DomainSection
+    domain: Domain
+    shaper: Shaper | None
+
+    def tc(self) -> dict[str, str]:
+        if self.shaper is None:
+            return {"state": Shaping.UNSHAPED.value, "reason": "no device is configured"}
+        return self.shaper.state.to_plain()
+
+    def refresh_marks(self) -> None:
+        """Take over what the shaper says: which SO_PRIORITY each class has, whether it shares."""
+        shaper, classes = self.shaper, range(len(self.domain.policy.classes))
+        if shaper is None:
+            self.domain.mark_with((), False)
+            return
+        shaped = shaper.state.state is Shaping.SHAPED
+        self.domain.mark_with(tuple(shaper.priority_of(index) for index in classes), shaped)
+
+
+class AgentDaemon(Daemon[AgentConfig]):
+    """See the module's docstring."""
+
+    role: ClassVar[str] = "agent"
+    config_model = AgentConfig
+
+    def __init__(self, config: AgentConfig, kit: Kit) -> None:
+        super().__init__(config, kit)
+        self.shell = GateShell(
+            now=kit.clock.now,
+            mark=mark,
+            woken=self._wake_at,
+            boot=int(kit.boot, 16),
+            max_flows=config.socket.max_flows_per_connection,
+            honour_hints=config.socket.allow_class_hints,
+            recent=config.recent_flows,
+        )
+        self._held: dict[str, Held] = {}
+        self._shaping: ShapingHost | None = None
+        self._socket: AppSocket | None = None
+        self._link: MemberLink | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._applying = asyncio.Lock()  # one change of policy, configuration or tc at a time
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        self._held = {section.name: self._hold(section) for section in self.config.domains}
+        self._publish(self.config)
+        for held in self._held.values():
+            await self._shape(held, held.domain.policy)
+        self.kit.metrics.registry.register(
+            AgentCollector(
+                self.shell, lambda: {name: h.tc()["state"] for name, h in self._held.items()}
+            )
+        )
+        self._link = MemberLink(
+            self.config,
+            self.kit,
+            on_policy=self._on_policy,
+            collect_report=self._report,
+            capabilities=self._capabilities,
+        )
+        await self._link.start(tasks)
+        self._socket = self._open_socket(self.config)
+        tasks.create_task(self._verify_for_ever(), name="tc-verify")
+
+    async def drain(self, deadline_s: float) -> None:
+        """No new flows; those that wait or send may end."""
+        self.shell.stopping = True
+        if self._socket is not None:
+            self._socket.stop_accepting()
+        while self.shell.flows:
+            await asyncio.sleep(_DRAIN_LOOK_S)
+
+    async def stop(self) -> None:
+        """Close the socket (applications go on without us), give the devices back."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
+        try:
+            if self._link is not None:
+                await self._link.stop()
+        finally:
+            if self._shaping is not None:
+                shaping, self._shaping = self._shaping, None
+                await shaping.close()
+
+    async def reload(self, config: AgentConfig) -> None:
+        """Take domains, controller and limits that changed; refuse what needs a restart."""
+        for name in ("socket", "fin", "recent_flows"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ConfigError(name, "changed", "a restart to change it")
+        async with self._applying:
+            await self._reload_domains(config)
+        if self._link is not None:
+            self._link.reconfigure(config.controller)
+            self._link.report_soon()
+
+    async def _reload_domains(self, config: AgentConfig) -> None:
+        held: dict[str, Held] = {}
+        for section in config.domains:
+            before = self._held.get(section.name)
+            kept = before is not None and _same_gate(before.section, section)
+            if before is not None and kept:
+                held[section.name] = Held(section, before.domain, before.shaper)
+            else:
+                held[section.name] = self._hold(section)
+        numbered = self._link.applied("flows") if self._link is not None else None
+        wanted = flows_from_plain(numbered.body) if numbered is not None else None
+        for name, old in self._held.items():
+            new = held.get(name)
+            if old.shaper is not None and (new is None or new.shaper is not old.shaper):
+                await old.shaper.restore()
+        self._held = held
+        self._publish(config)
+        for entry in held.values():
+            policy = wanted.domain(entry.section.name) if wanted is not None else None
+            if policy is not None and numbered is not None:
+                self.shell.set_policy(entry.domain, policy, (numbered.era, numbered.number))
+            await self._shape(entry, entry.domain.policy)
+
+    def _hold(self, section: DomainSection) -> Held:
+        policy = section.first_policy()
+        domain = Domain(section.name, policy, FlowGate(policy))
+        shaper = None
+        if section.device:
+            if self._shaping is None:
+                self.config.state_dir.mkdir(parents=True, exist_ok=True)
+                self._shaping = ShapingHost(self.config.state_dir / "tc.json")
+            shaper = self._shaping.shaper(section.device, section.direction)
+        return Held(section, domain, shaper)
+
+    def _publish(self, config: AgentConfig) -> None:
+        """Give the shell the domains held and the routes to them."""
+        routes = [
+            Route(parse_network(peer), section.name)
+            for section in config.domains
+            for peer in section.peers
+        ]
+        domains = [held.domain for held in self._held.values()]
+        self.shell.set_domains(domains, routes, config.default_domain)
+
+    def _open_socket(self, config: AgentConfig) -> AppSocket:
+        allowed = frozenset(config.socket.allow_uids)
+        app_socket = AppSocket(
+            config.socket_path,
+            self.shell,
+            limits=config.socket.limits(),
+            mode=int(config.socket.mode, 8),
+            allowed=lambda uid, gid: not allowed or uid == 0 or uid in allowed,
+        )
+        try:
+            app_socket.open()
+        except OSError as error:
+            raise IntentdError(f"socket {config.socket_path}: {error.strerror}") from None
+        self.shell.connections = lambda: len(app_socket.connections)
+        return app_socket
+
+    def _wake_at(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = max(0.0, at - self.kit.clock.now())
+        self._timer = asyncio.get_running_loop().call_later(delay, self.shell.tick)
+
+    # -- policies ---------------------------------------------------------------------------------
+
+    async def _on_policy(self, numbered: NumberedPolicy) -> PolicyAck:
+        """Validate, build, swap. Raises IntentdError to refuse; then the old policy stays."""
+        if numbered.application != "flows":
+            expected = "flows (an agent runs no other application)"
+            raise InputError("policy.application", numbered.application, expected)
+        policies = flows_from_plain(numbered.body)
+        async with self._applying:
+            wanted = [
+                (held, policy)
+                for name, held in self._held.items()
+                if (policy := policies.domain(name)) is not None
+            ]
+            await self._shape_all(wanted)
+            number = (numbered.era, numbered.number)
+            for held, policy in wanted:
+                self.shell.set_policy(held.domain, policy, number)
+                held.refresh_marks()
+        return PolicyAck("flows", numbered.era, numbered.number, True)
+
+    async def _shape_all(self, wanted: list[tuple[Held, DomainPolicy]]) -> None:
+        """Shape every domain, or none: who was changed goes back when one is refused."""
+        changed: list[Held] = []
+        try:
+            for held, policy in wanted:
+                if held.shaper is not None:
+                    await held.shaper.apply(policy)
+                    changed.append(held)
+        except InputError as error:
+            for held in changed:
+                await self._shape(held, held.domain.policy)
+            where = f"domains.{wanted[len(changed)][0].domain.name}.{error.field}"
+            raise InputError(where, error.value, error.expected) from None
+
+    async def _shape(self, held: Held, policy: DomainPolicy) -> None:
+        if held.shaper is not None:
+            await held.shaper.apply(policy)
+        held.refresh_marks()
+
+    async def _verify_for_ever(self) -> None:
+        """Read the kernel's classes back, repair what somebody changed, find devices that came."""
+        while True:
+            await self.kit.clock.sleep(self.config.tc_verify_interval_s)
+            async with self._applying:
+                for held in self._held.values():
+                    if held.shaper is not None:
+                        await held.shaper.verify()
+                        held.refresh_marks()
+
+    # -- telling ----------------------------------------------------------------------------------
+
+    def _report(self) -> dict[str, Any]:
+        body = self.shell.report()
+        for name, held in self._held.items():
+            body[name]["tc"] = held.tc()
+        return {"flows": body}
+
+    def _capabilities(self) -> dict[str, Any]:
+        states = [held.tc()["state"] for held in self._held.values()]
+        return {"domains": sorted(self._held), "shapes": Shaping.SHAPED.value in states}
+
+    def unready(self) -> list[str]:
+        reasons = []
+        if self._socket is None:
+            reasons.append("the application socket is not open")
+        if self.shell.stopping:
+            reasons.append("stopping")
+        for name, held in self._held.items():
+            tc = held.tc()
+            if tc["state"] in (Shaping.FOREIGN.value, Shaping.FAILED.value):
+                reasons.append(f"domain {name}: {tc['state']}: {tc['reason']}")
+        if self._link is not None:
+            reasons.extend(self._link.unready())
+        return reasons
+
+    def status(self) -> dict[str, Any]:
+        counts = self.shell.counts
+        return {
+            "socket": str(self.config.socket_path),
+            "applications": self.shell.connections(),
+            "flows_open": len(self.shell.flows),
+            "flows_opened": counts.opened,
+            "app_errors": counts.errors,
+            "marks": counts.marks,
+            "mark_failures": counts.mark_failures,
+            "default_domain": self.config.default_domain,
+            "domains": {
+                name: {**self.shell.describe(held.domain), "tc": held.tc()}
+                for name, held in self._held.items()
+            },
+        }
+
+    async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        match command:
+            case "flows":
+                return self._admin_flows(args)
+            case "explain":
+                return self.shell.explain(_flow_number(args.get("flow")))
+            case "domains":
+                return {"domains": [self._describe(held) for held in self._held.values()]}
+        return await super().admin(command, args)
+
+    def _admin_flows(self, args: dict[str, Any]) -> dict[str, Any]:
+        name = args.get("domain")
+        if name is not None and name not in self._held:
+            raise InputError("domain", name, f"one of {', '.join(sorted(self._held)) or 'none'}")
+        now = self.kit.clock.now()
+        open_flows = list(self.shell.flows.values())[:_RECENT_SHOWN]
+        return {
+            "domains": {
+                known: {**self.shell.describe(held.domain), "tc": held.tc()}
+                for known, held in self._held.items()
+                if name in (None, known)
+            },
+            "open": [explain(record, now) for record in open_flows],
+            "recent": [explain(record, now) for record in self.shell.recent(_RECENT_SHOWN)],
+        }
+
+    def _describe(self, held: Held) -> dict[str, Any]:
+        section = held.section
+        return {
+            "name": section.name,
+            "device": section.device or None,
+            "direction": section.direction,
+            "peers": list(section.peers),
+            "default": section.name == self.config.default_domain,
+            "sequencer": section.sequencer.endpoint or None,
+            "policy": self.shell.describe(held.domain)["policy"],
+            "rate_bps": held.domain.policy.rate_bps,
+            "tc": held.shaper.status() if held.shaper is not None else held.tc(),
+        }
+
+
+def _same_gate(before: DomainSection, after: DomainSection) -> bool:
+    """Whether only what the shell looks up (peers, default) differs."""
+    looked_up = {"peers", "default"}
+    return before.model_dump(exclude=looked_up) == after.model_dump(exclude=looked_up)
+
+
+def _flow_number(value: object) -> int:
+    text = str(value).strip()
+    if not text.isdecimal():
+        raise InputError("flow", value, "the number of a flow")
+    return int(text)
+
+
+def main() -> int:
+    return run_daemon(AgentDaemon)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

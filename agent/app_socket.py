@@ -25,7 +25,8 @@ from typing import Any, Final, Protocol
 
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_protocol import FromApplication, ProtocolError
-from intentd.core.errors import IntentdError
+from intentd.agent.marking import check_socket
+from intentd.core.errors import InputError, IntentdError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ _LINGER: Final = struct.Struct("ii")
 _TRUNCATED: Final = int(socket.MSG_TRUNC)
 _DESCRIPTORS_LOST: Final = int(socket.MSG_CTRUNC)
 _RECEIVE_FLAGS: Final = int(socket.MSG_CMSG_CLOEXEC)
-_MARKABLE_PROTOCOLS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
 class SocketInUseError(IntentdError):
@@ -385,14 +385,13 @@ def _take_socket(fds: list[int], message: FromApplication) -> socket.socket:
     except OSError:
         raise ProtocolError(wire.E_SOCKET, "descriptor", "no socket", expected, request) from None
     fds.clear()
-    if (
-        passed.family not in (socket.AF_INET, socket.AF_INET6)
-        or passed.proto not in _MARKABLE_PROTOCOLS
-        or passed.type not in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
-    ):
-        found = f"family {int(passed.family)} type {int(passed.type)} protocol {passed.proto}"
+    try:
+        check_socket(passed)
+    except InputError as error:
         _close_socket(passed)
-        raise ProtocolError(wire.E_SOCKET, "descriptor", found, expected, request)
+        raise ProtocolError(
+            wire.E_SOCKET, error.field, error.value, error.expected, request
+        ) from None
     return passed
 
 

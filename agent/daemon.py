@@ -28,9 +28,7 @@ from intentd.daemons.kit.link import MemberLink
 
 log = logging.getLogger(__name__)
 
-_DRAIN_LOOK_S: Final = 0.02
 _RECENT_SHOWN: Final = 20
-_NUMBER_NONE: Final = (0, 0)  # a policy of the configuration file: any numbered one wins
 
 
 @dataclass(slots=True)
@@ -108,8 +106,10 @@ class AgentDaemon(Daemon[AgentConfig]):
         self.shell.stopping = True
         if self._socket is not None:
             self._socket.stop_accepting()
-        while self.shell.flows:
-            await asyncio.sleep(_DRAIN_LOOK_S)
+        empty = asyncio.Event()
+        self.shell.emptied = empty.set
+        if self.shell.flows:
+            await empty.wait()
 
     async def stop(self) -> None:
         """Close the socket (applications go on without us), give the devices back."""

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_protocol import FromApplication, ProtocolError
 from intentd.agent.app_socket import Application
+from intentd.agent.marking import Marked
 from intentd.agent.measure import Meter, quantiles
 from intentd.core.errors import InputError
 from intentd.core.flows.gate import GateFullError, Release
@@ -33,7 +34,12 @@ _STAMP_SLACK_NS: Final = 1_000_000
 _ROUTES: Final = 4096  # peers whose domain is remembered
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Marker = Callable[[socket.socket, int, int], None]  # (socket, SO_PRIORITY, DSCP); raises OSError
+
+
+class Marker(Protocol):
+    """marking.mark: sets a socket's SO_PRIORITY and DSCP. Raises OSError."""
+
+    def __call__(self, sock: socket.socket, *, priority: int, dscp: int) -> Marked: ...
 
 
 class Gate(Protocol):
@@ -66,7 +72,7 @@ class FlowRecord:
         "ended",
         "flow",
         "hint",
-        "marked_priority",
+        "mark",
         "name",
         "number",
         "outcome",
@@ -107,7 +113,7 @@ class FlowRecord:
         self.sent_bytes = 0
         self.started_ns = 0
         self.previous_end_ns = 0
-        self.marked_priority = -1
+        self.mark: tuple[int, int] | None = None  # SO_PRIORITY and DSCP of the passed socket
 
 
 class Domain:
@@ -198,6 +204,7 @@ class GateShell:
         self.flows: dict[int, FlowRecord] = {}
         self.connections: Callable[[], int] = lambda: 0
         self.stopping = False
+        self.emptied: Callable[[], None] = lambda: None  # the last open flow has left
         self.can_mark = True
         self._now = now
         self._mark = mark
@@ -529,17 +536,24 @@ class GateShell:
         if domain is None:
             return False
         index = record.class_index
-        if not self._try_mark(passed, domain.priority(index), domain.dscp(index)):
+        wanted = domain.priority(index), domain.dscp(index)
+        if not self._try_mark(passed, *wanted):
             return False
-        record.marked_priority = domain.priority(index)
+        record.mark = wanted
         return True
 
     def _try_mark(self, passed: socket.socket, priority: int, dscp: int) -> bool:
+        """Whether the socket now is in the class; where nothing classifies, it always is."""
+        if not priority and not dscp:
+            return True
         try:
-            self._mark(passed, priority, dscp)
+            marked = self._mark(passed, priority=priority, dscp=dscp)
         except OSError as error:
             self.counts.mark_failures += 1
             log.debug("cannot mark", extra={"reason": str(error)})
+            return False
+        if not marked.priority:
+            self.counts.mark_failures += 1
             return False
         self.counts.marks += 1
         return True
@@ -587,7 +601,7 @@ class GateShell:
             domain.meter.released(index, now - record.arrived, release.degraded)
             dscp, priority = domain.dscp(index), domain.priority(index)
             early, rate, flags = domain.early_fin_bytes, domain.rate_bps, domain.grant_flags
-            if priority and record.marked_priority == priority:
+            if record.mark == (priority, dscp):
                 flags |= wire.GRANT_MARKED
         if record.application is not None:
             record.application.send(
@@ -617,6 +631,8 @@ class GateShell:
         record.ended = now
         record.outcome = outcome
         self._recent.append(record)
+        if not self.flows:
+            self.emptied()
         domain = record.domain
         if domain is None:
             return
@@ -717,7 +733,7 @@ def explain(record: FlowRecord, now: float) -> dict[str, Any]:
         "start": _start(record),
         "bytes_sent": record.sent_bytes,
         "fct_s": record.ended - record.arrived if record.ended >= 0 else None,
-        "marked_priority": record.marked_priority if record.marked_priority >= 0 else None,
+        "mark": {"priority": record.mark[0], "dscp": record.mark[1]} if record.mark else None,
     }
     policy = record.policy
     if policy is None:

@@ -236,11 +236,20 @@ def _drain_sleep_s(left: int, rate_bps: int) -> float:
     return min(high, max(low, left * 8 / rate_bps if rate_bps else low))
 
 
-def _priority(sock: Any) -> int:
+def _carries(sock: Any, priority: int, dscp: int) -> bool:
+    """Whether a socket has these marks already; 0 asks for none."""
     try:
-        return int(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY))
+        if priority and sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) != priority:
+            return False
+        if not dscp:
+            return True
+        if sock.family == socket.AF_INET6:
+            traffic_class = sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS)
+        else:
+            traffic_class = sock.getsockopt(socket.IPPROTO_IP, socket.IP_TOS)
     except (OSError, AttributeError):
-        return -1
+        return False
+    return int(traffic_class) >> 2 == dscp
 
 
 # -- what sync and async share --------------------------------------------------------------------
@@ -285,9 +294,9 @@ class _FlowState:
         self.degraded, self.error = gone.reason, gone.text
 
     def _needs_mark(self, sock: Any) -> bool:
-        if not self.id or not self.priority:
+        if not self.priority and not self.dscp:
             return False
-        return not self.marked and _priority(sock) != self.priority
+        return not _carries(sock, self.priority, self.dscp)
 
     def _note(self, sock: Any, sent: int) -> None:
         if not self._started_ns:
@@ -563,7 +572,7 @@ class Flow(_FlowState):
     def mark(self, sock: socket.socket) -> bool:
         """Have the agent set the socket's class (SO_PRIORITY and DSCP). True: it has it."""
         if not self._needs_mark(sock):
-            return bool(self.id and self.priority)
+            return bool(self.priority or self.dscp)
         connection, reply = self._connection, self._reply
         if connection is None or reply is None:
             return False
@@ -941,7 +950,7 @@ class AsyncFlow(_FlowState):
         """Have the agent set the class of a socket, StreamWriter or transport. True: it has it."""
         sock = _socket_of(sink)
         if sock is None or not self._needs_mark(sock):
-            return bool(sock is not None and self.id and self.priority)
+            return bool(sock is not None and (self.priority or self.dscp))
         connection, reply = self._connection, self._reply
         if connection is None or reply is None:
             return False

@@ -375,11 +375,14 @@ def _path(loc: tuple[Any, ...]) -> str:
 def _known_names(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     """Field names of the (nested) model at a location, for near-match suggestions."""
     current: type[BaseModel] | None = model
+    is_key = False  # the part names an entry of a map, not a field
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_key:
+            is_key = False
             continue
         field = current.model_fields.get(str(part)) if current is not None else None
         current = None if field is None else _nested_model(field.annotation)
+        is_key = field is not None and get_origin(field.annotation) is dict
     return [] if current is None else list(current.model_fields)
 
 

@@ -223,6 +223,7 @@ class Lifecycle(Generic[C]):
             _log.critical("crashed", exc_info=group)
         finally:
             self._release_lock()
+            self.kit.notifier.close()
         if self._crash is not None:
             failed = True
             _log.critical("crashed in a callback", exc_info=self._crash)

@@ -44,7 +44,7 @@ from intentd.daemons.kit.config import ControllerSection, DaemonConfig, HubSecti
 from intentd.daemons.kit.files import write_atomically
 from intentd.daemons.kit.keys import read_allow_list, read_curve_keys, read_curve_public
 from intentd.daemons.kit.lifecycle import Kit
-from intentd.daemons.kit.zap import ZapServer, secure_client, secure_server
+from intentd.daemons.kit.zap import ZapServer, secure_client, secure_server, user_key
 from intentd.daemons.kit.zmqfd import ZmqStream
 
 _log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ class MemberLink:
         self._last_error = ""
         self._refused = False
         self._report_now = False
+        self._running: list[asyncio.Task[None]] = []
         kit.link = self
 
     # -- for the daemon ----------------------------------------------------------------------
@@ -143,13 +144,20 @@ class MemberLink:
         """Apply the policies kept from the last run, then connect. Raises IntentdError."""
         for application in APPLICATIONS:
             await self._restore(application)
-        tasks.create_task(self._apply_all(), name="link-policies")
+        self._running.append(tasks.create_task(self._apply_all(), name="link-policies"))
         if self._section.enabled:
-            self._open()
-            tasks.create_task(self._run(), name="link")
+            try:
+                self._open()
+            except BaseException:
+                await self.stop()
+                raise
+            self._running.append(tasks.create_task(self._run(), name="link"))
 
     async def stop(self) -> None:
         """Say goodbye and close."""
+        for task in self._running:
+            task.cancel()
+        self._running.clear()
         if self._stream is not None:
             stream, self._stream = self._stream, None
             if self._state is LinkState.JOINED:
@@ -498,9 +506,10 @@ class Member:
     heard_s: float
     connected: bool = True
     sequence: int = 0
-    interval_s: float = 0.0
     acks: dict[str, PolicyAck] = field(default_factory=dict)
     last_refusal: str = ""
+    curve_key: bytes = b""
+    sent: dict[str, tuple[tuple[int, int], float]] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -563,6 +572,7 @@ class HubLink:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._stream: ZmqStream | None = None
         self._zap: ZapServer | None = None
+        self._allowed: dict[bytes, str] = {}
         self._members: dict[tuple[str, str], Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._latest: dict[str, NumberedPolicy] = {}
@@ -575,12 +585,19 @@ class HubLink:
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Bind. Raises IntentdError, for example when the port is in use."""
+        try:
+            self._bind()
+        except BaseException:
+            await self.stop()
+            raise
+        tasks.create_task(self._expire_for_ever(), name="hub-expiry")
+
+    def _bind(self) -> None:
         section = self._section
         self._context = zmq.Context(1)
         if section.key_file:
-            self._zap = ZapServer(
-                self._context, read_allow_list(Path(section.allow_file)), self._kit.metrics
-            )
+            self._allowed = read_allow_list(Path(section.allow_file))
+            self._zap = ZapServer(self._context, self._allowed, self._kit.metrics)
             self._zap.start()
         socket = self._context.socket(zmq.ROUTER)
         bound_socket(socket, section.bind)
@@ -599,7 +616,6 @@ class HubLink:
         self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stream = ZmqStream(socket, self._received, frames=True)
         self._stream.start()
-        tasks.create_task(self._expire_for_ever(), name="hub-expiry")
 
     async def stop(self) -> None:
         if self._stream is not None:
@@ -618,7 +634,12 @@ class HubLink:
             if getattr(section, name) != getattr(self._section, name):
                 raise ConfigError(f"hub.{name}", getattr(section, name), "a restart to change it")
         if self._zap is not None:
-            self._zap.allow(read_allow_list(Path(section.allow_file)))
+            self._allowed = read_allow_list(Path(section.allow_file))
+            self._zap.allow(self._allowed)
+            for member in self.members():
+                if member.connected and self._forbidden(member.curve_key, member.role, member.name):
+                    self._refuse(member.identity, "this key was revoked", "denied_key")
+                    self._remove(member, "key revoked")
         self._section = section
 
     def publish(self, policy: NumberedPolicy) -> None:
@@ -683,7 +704,7 @@ class HubLink:
             return
         self._kit.metrics.link_messages.labels("in", type(message).__name__.lower()).inc()
         if isinstance(message, Hello):
-            self._greeted(identity, message, _user_id(frames[1]))
+            self._greeted(identity, message, user_key(frames[1]))
             return
         member = self._by_identity.get(identity)
         if member is None:
@@ -707,11 +728,11 @@ class HubLink:
                 identity, f"{type(message).__name__}: not a message to a controller", "malformed"
             )
 
-    def _greeted(self, identity: bytes, hello: Hello, permitted: str) -> None:
+    def _greeted(self, identity: bytes, hello: Hello, curve_key: bytes) -> None:
         key = (hello.role, hello.name)
-        if permitted and permitted not in (hello.role, f"{hello.role}@{hello.name}"):
-            reason = f"this key is for {permitted}, not for {hello.role}@{hello.name}"
-            self._refuse(identity, reason, "forbidden")
+        forbidden = self._forbidden(curve_key, hello.role, hello.name)
+        if forbidden:
+            self._refuse(identity, forbidden, "forbidden")
             return
         before = self._members.get(key)
         if before is None and len(self._members) >= self._section.max_members:
@@ -727,7 +748,7 @@ class HubLink:
         now = self._kit.clock.now()
         member = Member(
             hello.role, hello.name, hello.host, hello.version, hello.boot, identity,
-            hello.capabilities, _plain_numbers(hello.policies), now, now,
+            hello.capabilities, _plain_numbers(hello.policies), now, now, curve_key=curve_key,
         )  # fmt: skip
         if before is not None and before.boot == hello.boot:
             member.sequence, member.acks = before.sequence, before.acks
@@ -740,6 +761,17 @@ class HubLink:
         self._send(identity, self._welcome())
         self._on_hello(member)
         self._send_policies(member)
+
+    def _forbidden(self, curve_key: bytes, role: str, name: str) -> str:
+        """Why a key may not speak for this member; empty when it may."""
+        if self._zap is None:
+            return ""
+        permitted = self._allowed.get(curve_key)
+        if permitted is None:
+            return "this key is not on the allow list"
+        if permitted in ("", role, f"{role}@{name}"):
+            return ""
+        return f"this key is for {permitted}, not for {role}@{name}"
 
     def _welcome(self) -> Welcome:
         return Welcome(self._name, self._kit.boot, self._section.report_interval_s)
@@ -784,7 +816,13 @@ class HubLink:
             runs = tuple(member.policies.get(application, (-1, -1)))
             ack = member.acks.get(application)
             refused = ack is not None and not ack.applied and _order(ack) == _order(policy)
-            if runs < _order(policy) and not refused:
+            if runs >= _order(policy) or refused:
+                continue
+            sent, sent_s = member.sent.get(application, ((-1, -1), 0.0))
+            now = self._kit.clock.now()
+            # A report may cross the policy on its way: give the ack one interval.
+            if sent < _order(policy) or now - sent_s >= self._section.report_interval_s:
+                member.sent[application] = (_order(policy), now)
                 self._send(member.identity, policy)
 
     def _note_seen(self, member: Member) -> None:
@@ -821,11 +859,3 @@ class HubLink:
 
 def _plain_numbers(policies: dict[str, list[int]]) -> dict[str, list[int]]:
     return {name: list(pair) for name, pair in policies.items()}
-
-
-def _user_id(frame: zmq.Frame) -> str:
-    """What the ZAP server said of the peer's key: "", ROLE or ROLE@NAME."""
-    try:
-        return str(frame.get("User-Id"))
-    except zmq.ZMQError:
-        return ""

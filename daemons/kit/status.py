@@ -30,7 +30,8 @@ _Next = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def token_hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+    # Headers may hold any bytes; aiohttp gives the undecodable ones as lone surrogates.
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def token_accepted(header: str, hashes: Sequence[str]) -> bool:

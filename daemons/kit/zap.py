@@ -7,6 +7,7 @@ ZeroMQ RFC 27). Ours runs in the event loop like any other socket: no thread, no
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Final
 
 import zmq
@@ -36,17 +37,25 @@ def secure_client(socket: zmq.Socket[bytes], keys: CurveKeys, server_public: byt
     socket.setsockopt(zmq.CURVE_SERVERKEY, server_public)
 
 
+def user_key(frame: zmq.Frame) -> bytes:
+    """The CURVE key of the peer that sent a received frame; empty without CURVE."""
+    try:
+        return bytes.fromhex(str(frame.get("User-Id")))
+    except (zmq.ZMQError, ValueError):
+        return b""
+
+
 class ZapServer:
-    """Lets in the keys of an allow list; the User-Id of a peer is what the list says of its key."""
+    """Lets in the keys of an allow list; a peer's User-Id is its key in hex (``user_key``)."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        allowed: dict[bytes, str],
+        allowed: Collection[bytes],
         metrics: Metrics,
     ) -> None:
         self._context = context
-        self._allowed = dict(allowed)
+        self._allowed = frozenset(allowed)
         self._metrics = metrics
         self._stream: ZmqStream | None = None
         self._logged: set[bytes] = set()
@@ -64,9 +73,9 @@ class ZapServer:
             self._stream.stop()
             self._stream = None
 
-    def allow(self, allowed: dict[bytes, str]) -> None:
-        """Replace the list; connections that stand stay until they close."""
-        self._allowed = dict(allowed)
+    def allow(self, allowed: Collection[bytes]) -> None:
+        """Replace the list; connections that stand stay until they close, so ask ``user_key``."""
+        self._allowed = frozenset(allowed)
         self._logged.clear()
 
     def _asked(self, parts: list[bytes]) -> None:
@@ -74,8 +83,7 @@ class ZapServer:
         request = parts[1] if len(parts) > 1 else b""
         mechanism = parts[5] if len(parts) > 5 else b""
         key = parts[6] if len(parts) > 6 else b""
-        user = self._allowed.get(key) if mechanism == b"CURVE" else None
-        if user is None:
+        if mechanism != b"CURVE" or key not in self._allowed:
             self._metrics.link_dropped.labels("denied_key").inc()
             if key not in self._logged and len(self._logged) < MAX_LOGGED:
                 self._logged.add(key)
@@ -83,5 +91,5 @@ class ZapServer:
                 _log.warning("key not allowed", extra={"key": key.hex(), "address": address})
             answer = [b"1.0", request, b"400", b"key not allowed", b"", b""]
         else:
-            answer = [b"1.0", request, b"200", b"OK", user.encode(), b""]
+            answer = [b"1.0", request, b"200", b"OK", key.hex().encode(), b""]
         self._stream.send(answer)

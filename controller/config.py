@@ -1,0 +1,154 @@
+"""The controller's configuration file, and what an operator may say about a domain."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from intentd.core.errors import ConfigError
+from intentd.core.flows.assemble import DomainSettings
+from intentd.core.flows.learning import LearnSettings
+from intentd.daemons.kit.config import CommonConfig, Duration, HubSection, Rate, Section, Size
+
+
+class DomainSection(Section):
+    """What the operator chose for one link domain; what is left out is learned or the default."""
+
+    domain: str = Field(
+        description="Name of the link domain, as agents report it.", min_length=1, max_length=64
+    )
+    rate: Rate | None = Field(
+        default=None, description="Capacity of the link. Default: what its agents report.", gt=0
+    )
+    policy: str | None = Field(
+        default=None, description="2d, 2d-boost, htb, ps, fifo, np-sjf, baraat, aalo, pias or lps."
+    )
+    mpl: tuple[int, ...] = Field(
+        default=(1,), description="Multiplexing level of each class, the last one repeated."
+    )
+    sequencing: str = Field(
+        default="local",
+        description="local: order on each host; global: order through the sequencer.",
+    )
+    turn_mode: str = Field(
+        default="hybrid",
+        description="hybrid, centralised or decentralised turns (global sequencing).",
+    )
+    max_wait: Duration = Field(
+        default=30.0, description="Longest wait at a gate before a degraded start."
+    )
+    batch: Size = Field(
+        default=0, description="Bytes that may ride on one waiting ticket; 0: none."
+    )
+    early_fin: Size = Field(
+        default=0, description="Bytes left when the turn is announced; 0: at the end."
+    )
+    local_below: Size = Field(default=0, description="Flows up to this size skip the global order.")
+    thresholds: tuple[Size, ...] = Field(
+        default=(), description="Class borders in bytes, pinned, without the last (infinity)."
+    )
+    weights: tuple[float, ...] = Field(
+        default=(), description="Weights, pinned, one more than thresholds; they sum to 1."
+    )
+
+    def settings(self, rate_bps: float, family: str) -> DomainSettings:
+        """With what is left out filled in. Raises PolicyError."""
+        pinned = bool(self.thresholds or self.weights)
+        return DomainSettings(
+            self.domain,
+            self.rate if self.rate is not None else rate_bps,
+            family=self.policy or family,
+            mpl=self.mpl,
+            sequencing=self.sequencing,
+            turn_mode=self.turn_mode,
+            max_wait_s=self.max_wait,
+            batch_bytes=self.batch,
+            early_fin_bytes=self.early_fin,
+            local_below_bytes=self.local_below,
+            thresholds_bytes=(*map(float, self.thresholds), math.inf) if pinned else (),
+            weights=self.weights,
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> DomainSection:
+        self.settings(1e9, "2d")
+        return self
+
+
+class FlowsSection(Section):
+    """Scheduling of network flows: how the controller learns and when it speaks."""
+
+    policy: str = Field(
+        default="2d",
+        description="Policy of domains that name none: 2d or 2d-boost, or a comparison.",
+    )
+    default_rate: Rate = Field(
+        default=1e9, description="Capacity of a domain whose agents report none.", gt=0
+    )
+    thresholds_interval_s: Duration = Field(
+        default=3.0,
+        description="Seconds between two computations of class thresholds.",
+        gt=0,
+        le=3600,
+    )
+    rates_interval_s: Duration = Field(
+        default=1.0, description="Seconds between two computations of class rates.", gt=0, le=3600
+    )
+    load_window_s: Duration = Field(
+        default=60.0,
+        description="Window over which the load of a domain is measured.",
+        gt=0,
+        le=86400,
+    )
+    window_flows: int = Field(
+        default=20_000, description="Newest flows of a domain that are kept.", ge=1000, le=1_000_000
+    )
+    keep_flows: int = Field(default=3_000, description="Of these, kept whatever their age.", ge=0)
+    max_age_s: Duration = Field(
+        default=3600.0, description="Age at which other flows are forgotten.", gt=0
+    )
+    min_flows: int = Field(
+        default=200, description="Flows of a workload before its classes are computed.", ge=2
+    )
+    false_alarm: float = Field(
+        default=1e-7,
+        description="Chance that one test of an unchanged workload fires.",
+        gt=0,
+        lt=0.5,
+    )
+    domains: tuple[DomainSection, ...] = Field(
+        default=(), description="Settings of single domains."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FlowsSection:
+        if self.rates_interval_s > self.thresholds_interval_s:
+            raise ConfigError(
+                "rates_interval_s", self.rates_interval_s, "at most thresholds_interval_s"
+            )
+        DomainSettings("any", self.default_rate, family=self.policy)
+        names = [section.domain for section in self.domains]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ConfigError(f"domains[{index}].domain", name, "a name used once")
+        return self
+
+    def learn(self) -> LearnSettings:
+        return LearnSettings(
+            window_flows=self.window_flows,
+            keep_flows=self.keep_flows,
+            max_age_s=self.max_age_s,
+            min_flows=self.min_flows,
+            false_alarm=self.false_alarm,
+        )
+
+
+class ControllerConfig(CommonConfig):
+    """Everything in controller.toml."""
+
+    role: ClassVar[str] = "controller"
+
+    hub: HubSection = Field(default=HubSection(), description="Where members connect.")
+    flows: FlowsSection = Field(default=FlowsSection(), description="Scheduling of network flows.")

@@ -1,0 +1,330 @@
+"""intentd-controller: who is there, what they measure, what they shall do.
+
+A thin shell: the link's callbacks feed the registry and the flows application, timers let it
+compute, what it issues is published. HTTP: /api/... (read only) beside the kit's endpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import Any, ClassVar, Final
+
+from aiohttp import web
+
+from intentd.controller.api import Api
+from intentd.controller.application import ApplicationTimers
+from intentd.controller.config import ControllerConfig
+from intentd.controller.flows_app import APPLICATION, FlowsApplication, differences
+from intentd.controller.metrics import ControllerMetrics
+from intentd.controller.policies import MIGRATIONS, PolicyBook, StoredPolicy
+from intentd.controller.registry import Registry, member_plain
+from intentd.core.errors import InputError
+from intentd.core.flows.reports import domain_reports
+from intentd.core.messages import PolicyAck, Report
+from intentd.daemons.kit.admin import AdminRefusedError
+from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
+from intentd.daemons.kit.link import HubLink, Member
+from intentd.daemons.kit.store import Store
+
+_log = logging.getLogger(__name__)
+
+STORE: Final = "controller.sqlite3"
+WITNESS: Final = "controller.newest"
+PROBE_INTERVAL_S: Final = 10.0
+
+
+class Controller(Daemon[ControllerConfig]):
+    """States are the lifecycle's; everything that must survive is in the store."""
+
+    role: ClassVar[str] = "controller"
+    config_model = ControllerConfig
+
+    def __init__(self, config: ControllerConfig, kit: Kit) -> None:
+        super().__init__(config, kit)
+        self.registry = Registry()
+        self.metrics = ControllerMetrics(kit.metrics)
+        self.hub = HubLink(
+            config.hub,
+            kit,
+            name=config.name,
+            on_hello=self._hello,
+            on_report=self._report,
+            on_ack=self._ack,
+            on_goodbye=self._goodbye,
+        )
+        self._store: Store | None = None
+        self._flows: FlowsApplication | None = None
+        self._book: PolicyBook | None = None
+        self._timers: ApplicationTimers[Any, Any, Any, Any] | None = None
+
+    # -- lifecycle ---------------------------------------------------------------------------
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        config, kit = self.config, self.kit
+        self._store = Store(config.state_dir / STORE, MIGRATIONS)
+        self._book = PolicyBook(
+            self._store,
+            witness=config.run_dir / WITNESS,
+            wall=kit.clock.wall,
+            differences=differences,
+        )
+        self._flows = FlowsApplication(
+            config.flows,
+            kit.clock,
+            self._store,
+            self._book,
+            on_issue=self._issued,
+            seed=kit.rng.getrandbits(64),
+        )
+        self._timers = ApplicationTimers(
+            self._flows,
+            kit.clock,
+            thresholds_interval_s=config.flows.thresholds_interval_s,
+            rates_interval_s=config.flows.rates_interval_s,
+        )
+        if self._flows.newest is not None:
+            self.hub.publish(self._flows.newest.message())
+        await self.hub.start(tasks)
+        tasks.create_task(self._timers.run(), name="flows-timers")
+        tasks.create_task(self._watch(), name="watch")
+
+    async def reload(self, config: ControllerConfig) -> None:
+        self.hub.reconfigure(config.hub)
+        async with self.timers.lock:
+            self.flows.reconfigure(config.flows)
+        self.timers.set_intervals(
+            thresholds_interval_s=config.flows.thresholds_interval_s,
+            rates_interval_s=config.flows.rates_interval_s,
+        )
+        self.timers.wake()
+
+    async def stop(self) -> None:
+        await self.hub.stop()
+        if self._store is not None:
+            self._store.close()
+
+    def unready(self) -> list[str]:
+        return self._store.unready() if self._store is not None else ["store not open"]
+
+    @property
+    def flows(self) -> FlowsApplication:
+        assert self._flows is not None, "before start"
+        return self._flows
+
+    @property
+    def book(self) -> PolicyBook:
+        assert self._book is not None, "before start"
+        return self._book
+
+    @property
+    def timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
+        assert self._timers is not None, "before start"
+        return self._timers
+
+    async def _watch(self) -> None:
+        """Keep the gauges, and let a store whose disk was full recover."""
+        while True:
+            self._measure()
+            if self._store is not None and self._store.unready():
+                await self._store.run(Store.probe)
+            await self.kit.clock.sleep(PROBE_INTERVAL_S)
+
+    def _measure(self) -> None:
+        members = self.hub.members()
+        connected = sum(member.connected for member in members)
+        self.metrics.members.labels("connected").set(connected)
+        self.metrics.members.labels("away").set(len(members) - connected)
+        self.metrics.held.labels(APPLICATION).set(self.book.hold(APPLICATION) is not None)
+        for name, domain in self.flows.domains.items():
+            self.metrics.changes.labels(name).set(domain.learner.changes)
+            self.metrics.classes.labels(name).set(
+                len(domain.policy.classes) if domain.policy else 0
+            )
+            self.metrics.load.labels(name).set(domain.measured_load or 0.0)
+
+    # -- the link ------------------------------------------------------------------------------
+
+    def _hello(self, member: Member) -> None:
+        if self.registry.hello(member) and member.role == "agent":
+            self.flows.member_restarted(member.key)
+        self._compare_numbers(member)
+        if member.role != "agent":
+            return
+        try:
+            if self.flows.note_domains(member.capabilities):
+                self.timers.wake()
+        except InputError as error:
+            self._bad(member, error)
+
+    def _report(self, member: Member, report: Report) -> None:
+        self.registry.report(member, report.sequence)
+        self._compare_numbers(member)
+        if "flows" not in report.body or member.role != "agent":
+            return
+        try:
+            fresh = self.flows.take_report(member.key, domain_reports(report.body["flows"]))
+        except InputError as error:
+            self._bad(member, error)
+            return
+        if fresh:
+            self.timers.wake()
+
+    def _ack(self, member: Member, ack: PolicyAck) -> None:
+        self.registry.ack(member, ack, wall_s=self.kit.clock.wall())
+        if not ack.applied:
+            self.metrics.refused.labels(ack.application).inc()
+
+    def _goodbye(self, member: Member, reason: str) -> None:
+        self.registry.gone(member, reason)
+        self.flows.member_gone(member.key)
+
+    def _compare_numbers(self, member: Member) -> None:
+        numbers = member.policies.get(APPLICATION)
+        if numbers is not None:
+            self.flows.seen(numbers[0], numbers[1], f"{member.role}@{member.name}")
+
+    def _bad(self, member: Member, error: InputError) -> None:
+        self.metrics.bad_reports.inc()
+        if not self.registry.record(member.key).bad_reports:
+            _log.error(
+                "bad report",
+                extra={"member": f"{member.role}@{member.name}", "error": str(error)},
+            )
+        self.registry.bad_report(member, str(error))
+
+    def _issued(self, stored: StoredPolicy) -> None:
+        author = "automatic" if stored.author == "automatic" else "operator"
+        self.metrics.issued.labels(stored.application, author).inc()
+        self.hub.publish(stored.message())
+
+    # -- for people ------------------------------------------------------------------------------
+
+    def add_routes(self, app: web.Application) -> None:
+        Api(self).add_routes(app)
+
+    def status(self) -> dict[str, Any]:
+        hold = self.book.hold(APPLICATION)
+        return {
+            "era": self.book.era,
+            "eras": self.book.eras()[:3],
+            "held": None if hold is None else {"number": hold.number, "author": hold.author},
+            "members": self.members(),
+            "domains": [self.flows.describe(name) for name in sorted(self.flows.domains)],
+        }
+
+    def members(self) -> list[dict[str, Any]]:
+        now, newest = self.kit.clock.now(), self.hub.policies()
+        return [
+            member_plain(member, self.registry.record(member.key), now, newest)
+            for member in self.hub.members()
+        ]
+
+    def policies_page(self, limit: int) -> dict[str, Any]:
+        """Newest first, without bodies."""
+        hold = self.book.hold(APPLICATION)
+        return {
+            "era": self.book.era,
+            "held": None
+            if hold is None
+            else {"number": hold.number, "since_wall_s": hold.since_wall_s, "author": hold.author},
+            "policies": [
+                policy.to_plain(whole=False) for policy in self.book.history(APPLICATION, limit)
+            ],
+        }
+
+    def policy(self, number: int | None) -> dict[str, Any]:
+        """One policy whole, with who runs it; None: the newest. Raises InputError."""
+        found = self.flows.newest if number is None else self.book.get(APPLICATION, number)
+        if found is None:
+            raise InputError("number", number, "a policy: none was issued yet")
+        plain = found.to_plain(whole=True)
+        pair = [found.era, found.number]
+        plain["run_by"] = [
+            f"{m.role}/{m.name}" for m in self.hub.members() if m.policies.get(APPLICATION) == pair
+        ]
+        plain["refused_by"] = [
+            {"member": f"{m.role}/{m.name}", "reason": ack.reason}
+            for m in self.hub.members()
+            for ack in m.acks.values()
+            if not ack.applied and [ack.era, ack.number] == pair
+        ]
+        return plain
+
+    def domains_page(self) -> dict[str, Any]:
+        return {"domains": [self.flows.describe(name) for name in sorted(self.flows.domains)]}
+
+    def flows_page(self, domain: str | None) -> dict[str, Any]:
+        if domain is not None:
+            self.flows.describe(domain)
+        names = sorted(self.flows.domains) if domain is None else [domain]
+        return {"domains": [self.flows.flows(name) for name in names]}
+
+    async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        match command:
+            case "members":
+                _only(args)
+                return {"members": self.members()}
+            case "domains":
+                _only(args)
+                return self.domains_page()
+            case "flows":
+                _only(args, "domain")
+                return self.flows_page(args.get("domain"))
+            case "policy_list":
+                _only(args, "limit")
+                return self.policies_page(_integer(args, "limit", 20))
+            case "policy_show":
+                _only(args, "number")
+                number = args.get("number")
+                return self.policy(None if number is None else _integer(args, "number", 0))
+            case "policy_set":
+                _only(args, "document", "author")
+                async with self.timers.lock:
+                    issued = await self.flows.set_policy(args.get("document"), author=_author(args))
+                return {"issued": None if issued is None else issued.to_plain(whole=False)}
+            case "policy_rollback":
+                _only(args, "number", "author")
+                async with self.timers.lock:
+                    issued = await self.flows.rollback(
+                        _integer(args, "number", None), author=_author(args)
+                    )
+                return {"issued": issued.to_plain(whole=False)}
+            case "policy_release":
+                _only(args)
+                async with self.timers.lock:
+                    released = await self.flows.release()
+                self.timers.wake()
+                return {"released": released}
+        raise AdminRefusedError(
+            f"command {command!r:.80}: unknown to controller", "unknown_command"
+        )
+
+
+def _only(args: dict[str, Any], *names: str) -> None:
+    for name in args:
+        if name not in names:
+            raise InputError(f"args.{name:.40}", f"{args[name]!r:.60}", f"one of {list(names)}")
+
+
+def _integer(args: dict[str, Any], name: str, default: int | None) -> int:
+    value = args.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        raise InputError(name, value, "a number >= 0")
+    return value
+
+
+def _author(args: dict[str, Any]) -> str:
+    author = args.get("author", "operator")
+    if not isinstance(author, str) or not author or len(author) > 128 or author == "automatic":
+        raise InputError("author", f"{author!r:.60}", "a name of 1-128 characters")
+    return author
+
+
+def main() -> int:
+    return run_daemon(Controller)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""From what was learned and what the operator chose to the policy of a domain.
+
+The daemon and the simulation of changing workloads call the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from intentd.core.errors import PolicyError
+from intentd.core.flows.classes import class_gammas, sorted_sample
+from intentd.core.flows.learning import BOOTSTRAP, Estimate, Learner
+from intentd.core.flows.policies import CLASSED, POLICIES, make_domain_policy
+from intentd.core.flows.policy import MAX_CLASSES, DomainPolicy
+
+LEAST_LOAD: Final = 0.05
+ASSUMED_LOAD: Final = 0.8  # for comparison policies that need a load, until one is measured
+GAMMA_MOVED: Final = 0.25
+SIZELESS: Final = ("ps", "fifo", "np-sjf", "lps")  # need no sizes
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSettings:
+    """What an operator chose for a domain; the rest is learned. Validated; raises PolicyError.
+
+    family: a name of POLICIES; the classes of those in CLASSED are learned.
+    mpl: multiplexing level of each class of 2d and 2d-boost, the last one repeated.
+    thresholds_bytes, weights: pinned when not empty; the last threshold is infinity.
+    sequencing: of all classes. policy: the whole policy, pinned; nothing else applies then.
+    """
+
+    domain: str
+    rate_bps: float
+    family: str = "2d"
+    mpl: tuple[int, ...] = (1,)
+    sequencing: str = "local"
+    turn_mode: str = "hybrid"
+    max_wait_s: float = 30.0
+    batch_bytes: int = 0
+    early_fin_bytes: int = 0
+    local_below_bytes: int = 0
+    thresholds_bytes: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    policy: DomainPolicy | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in POLICIES:
+            raise PolicyError("policy", self.family, f"one of {', '.join(POLICIES)}")
+        if not self.mpl or len(self.mpl) > MAX_CLASSES:
+            raise PolicyError("mpl", list(self.mpl), f"1 to {MAX_CLASSES} levels")
+        if self.thresholds_bytes and self.family not in CLASSED:
+            raise PolicyError(
+                "thresholds_bytes", self.family, f"none, or a policy of {', '.join(CLASSED)}"
+            )
+        if self.weights and len(self.weights) != len(self.thresholds_bytes):
+            raise PolicyError(
+                "weights", list(self.weights), f"{len(self.thresholds_bytes)}, one a threshold"
+            )
+        count = max(1, len(self.thresholds_bytes))
+        thresholds = self.thresholds_bytes or BOOTSTRAP.thresholds_bytes
+        _classed(self, thresholds, self.weights or (1.0 / count,) * count, family="2d")
+
+
+@dataclass(slots=True)
+class LoadMeter:
+    """Arrived bytes over the last window_s seconds."""
+
+    window_s: float = 60.0
+    _rows: deque[tuple[float, float]] | None = None
+    _since_s: float | None = None
+
+    def add(self, size_bytes: float, *, now: float) -> None:
+        if self._rows is None or self._since_s is None:
+            self._rows, self._since_s = deque(), now
+            return  # of the first report it is not known how long it took
+        self._rows.append((now, size_bytes))
+        while self._rows and now - self._rows[0][0] > self.window_s:
+            self._rows.popleft()
+
+    def rate_bps(self, *, now: float) -> float | None:
+        """None before a sixth of the window was seen."""
+        if self._rows is None or self._since_s is None:
+            return None
+        seen_s = min(now - self._since_s, self.window_s)
+        if seen_s < self.window_s / 6:
+            return None
+        recent = math.fsum(size for at, size in self._rows if now - at <= self.window_s)
+        return 8.0 * recent / seen_s
+
+
+def assemble(
+    settings: DomainSettings,
+    learner: Learner,
+    *,
+    load: float | None,
+    in_force: DomainPolicy | None = None,
+) -> DomainPolicy:
+    """The policy of a domain now. load: offered share of the link, None when not known yet.
+
+    gamma of the boost is kept from in_force while it moved less than GAMMA_MOVED. Without a known
+    load classes are served in arrival order.
+    """
+    if settings.policy is not None:
+        return settings.policy
+    if settings.family not in CLASSED:
+        return _comparison(settings, learner, load, in_force)
+    thresholds = settings.thresholds_bytes or learner.in_force.thresholds_bytes
+    if settings.weights:
+        weights = settings.weights
+    elif settings.thresholds_bytes:
+        weights = _settled_weights(learner, thresholds, in_force)
+    else:
+        weights = learner.in_force.weights
+    gammas: tuple[float | None, ...] = (None,) * len(thresholds)
+    if settings.family == "2d-boost" and load and learner.flows >= learner.settings.min_flows:
+        gammas = class_gammas(
+            sorted_sample(learner.sample()),
+            thresholds,
+            load=max(load, LEAST_LOAD),
+            rate_bps=settings.rate_bps,
+        )
+        gammas = _settled_gammas(gammas, thresholds, in_force)
+    return _classed(settings, thresholds, weights, gammas)
+
+
+def estimate_of(policy: DomainPolicy, flows: int) -> Estimate:
+    """What a stored policy says was learned, to go on from after a restart."""
+    return Estimate(
+        tuple(cls.threshold_bytes for cls in policy.classes),
+        tuple(cls.weight for cls in policy.classes),
+        flows,
+    )
+
+
+def _settled_weights(
+    learner: Learner, thresholds: tuple[float, ...], in_force: DomainPolicy | None
+) -> tuple[float, ...]:
+    """Job shares at pinned thresholds; those in force while they moved no more than noise."""
+    if learner.flows < learner.settings.min_flows:
+        return (1.0 / len(thresholds),) * len(thresholds)
+    weights = learner.rates(thresholds)
+    if in_force is not None and _thresholds(in_force) == thresholds:
+        old = tuple(cls.weight for cls in in_force.classes)
+        if not learner.shifted(old, weights):
+            return old
+    return weights
+
+
+def _settled_gammas(
+    found: tuple[float | None, ...], thresholds: tuple[float, ...], in_force: DomainPolicy | None
+) -> tuple[float | None, ...]:
+    if in_force is None or _thresholds(in_force) != thresholds:
+        return found
+    kept: list[float | None] = []
+    for gamma, cls in zip(found, in_force.classes, strict=True):
+        old = cls.boost_gamma_per_s
+        near = old > 0 and gamma and abs(math.log(gamma / old)) < math.log1p(GAMMA_MOVED)
+        kept.append(old if near else gamma)
+    return tuple(kept)
+
+
+def _thresholds(policy: DomainPolicy) -> tuple[float, ...]:
+    return tuple(cls.threshold_bytes for cls in policy.classes)
+
+
+def _comparison(
+    settings: DomainSettings, learner: Learner, load: float | None, in_force: DomainPolicy | None
+) -> DomainPolicy:
+    """A policy without learned classes, made once from the sizes seen and then left alone.
+
+    Those that need sizes stand as plain FIFO until there are enough.
+    """
+    if in_force is not None and in_force.name == settings.family:
+        return replace(in_force, **_common(settings))
+    enough = learner.flows >= learner.settings.min_flows
+    family = settings.family if enough or settings.family in SIZELESS else "fifo"
+    policy = make_domain_policy(
+        family,
+        domain=settings.domain,
+        rate_bps=settings.rate_bps,
+        sizes=learner.sample().tolist() if enough else None,
+        load=load or ASSUMED_LOAD,
+        sequencing=settings.sequencing,
+    )
+    return replace(policy, **_common(settings))
+
+
+def _common(settings: DomainSettings) -> dict[str, Any]:
+    return {
+        "rate_bps": settings.rate_bps,
+        "turn_mode": settings.turn_mode,
+        "max_wait_s": settings.max_wait_s,
+        "batch_bytes": settings.batch_bytes,
+        "early_fin_bytes": settings.early_fin_bytes,
+        "local_below_bytes": settings.local_below_bytes,
+    }
+
+
+def _classed(
+    settings: DomainSettings,
+    thresholds: tuple[float, ...],
+    weights: tuple[float, ...],
+    gammas: tuple[float | None, ...] | None = None,
+    family: str = "",
+) -> DomainPolicy:
+    policy = make_domain_policy(
+        family or settings.family,
+        domain=settings.domain,
+        rate_bps=settings.rate_bps,
+        thresholds_bytes=thresholds,
+        weights=weights,
+        gammas_per_s=gammas or (None,) * len(thresholds),
+        sequencing=settings.sequencing,
+    )
+    classes = policy.classes
+    if settings.family != "htb":
+        levels = settings.mpl
+        classes = tuple(
+            replace(cls, mpl=levels[min(index, len(levels) - 1)])
+            for index, cls in enumerate(classes)
+        )
+    return replace(policy, classes=classes, **_common(settings))

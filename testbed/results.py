@@ -159,6 +159,12 @@ def save(results: Results, directory: Path) -> None:
                     )
 
 
+def keep(results: Results, run: Run, directory: Path) -> None:
+    """Add a run and save: what was measured outlives whatever fails after it."""
+    results.runs.append(run)
+    save(results, directory)
+
+
 def load(directory: Path) -> Results:
     """Inverse of save. Raises InputError if the directory holds no results."""
     path = directory / RESULTS_FILE

@@ -18,7 +18,7 @@ from intentd.testbed.lab import DOMAIN, Lab, Scenario
 from intentd.testbed.metrics import METRICS, completion_metrics
 from intentd.testbed.playing import Progress
 from intentd.testbed.policies import policy_for, scaled_workload
-from intentd.testbed.results import Check, Results, Series, Table, machine_facts
+from intentd.testbed.results import Check, Results, Series, Table, keep, machine_facts
 from intentd.testbed.traffic.records import read_records
 from intentd.testbed.traffic.trace import TraceFlow, Workload, poisson
 
@@ -120,7 +120,7 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
                 run = await lab.run(
                     Scenario(label, "sequence", load, seed, trace, policy, simulate=False)
                 )
-                results.runs.append(run)
+                keep(results, run, directory)
     results.tables.append(_per_part(results, directory, sources, duration_s))
     return results
 
@@ -150,7 +150,7 @@ async def _dynamic(
                 await watching
         assert lab.played is not None
         start = lab.played.start_s
-    results.runs.append(run)
+    keep(results, run, directory)
     seen = [row | {"at_s": row["clock"] - start} for row in watch.seen]
     part_s = trace[-1].arrival_s / len(sources)
     _judge(results, sources, trace, truth, seen, part_s, seed)

@@ -18,7 +18,7 @@ from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, Lab, Scenario
 from intentd.testbed.playing import Progress
 from intentd.testbed.policies import policy_for, scaled_workload
-from intentd.testbed.results import Check, Results, Table, machine_facts
+from intentd.testbed.results import Check, Results, Table, keep, machine_facts
 from intentd.testbed.traffic.records import FlowRecord, read_records
 from intentd.testbed.traffic.trace import TraceFlow, poisson
 
@@ -94,11 +94,10 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
         )
         for label in ("2d", "ps"):
             policy = policy_for(label, [source], domain=DOMAIN, rate_bps=shaped_bps, load=load)
-            results.runs.append(
-                await lab.run(
-                    Scenario(label, source.name, load, seed, trace, policy, simulate=False)
-                )
+            run = await lab.run(
+                Scenario(label, source.name, load, seed, trace, policy, simulate=False)
             )
+            keep(results, run, directory)
     _conclude(results, read_records(directory / busy.records), state)
     results.runs.append(busy)
     return results

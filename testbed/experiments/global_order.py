@@ -18,7 +18,7 @@ from intentd.testbed.lab import DOMAIN, Lab, Scenario
 from intentd.testbed.metrics import completion_metrics
 from intentd.testbed.playing import Progress
 from intentd.testbed.policies import policy_for, scaled_workload
-from intentd.testbed.results import Check, Results, Table, machine_facts, paired
+from intentd.testbed.results import Check, Results, Table, keep, machine_facts, paired
 from intentd.testbed.traffic.records import read_records
 from intentd.testbed.traffic.trace import poisson
 
@@ -82,19 +82,18 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
                         seed=seed,
                         hosts=CLIENTS,
                     )
-                    results.runs.append(
-                        await lab.run(
-                            Scenario(
-                                label,
-                                source.name,
-                                load,
-                                seed,
-                                trace,
-                                policy,
-                                simulate=label == SHARED,
-                            )
+                    run = await lab.run(
+                        Scenario(
+                            label,
+                            source.name,
+                            load,
+                            seed,
+                            trace,
+                            policy,
+                            simulate=label == SHARED,
                         )
                     )
+                    keep(results, run, directory)
     _conclude(results, directory, round(options.rate_bps / 8 * BDP_S))
     return results
 

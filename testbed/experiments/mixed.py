@@ -11,7 +11,7 @@ from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, Lab, Scenario
 from intentd.testbed.playing import Progress
 from intentd.testbed.policies import policy_for, scaled_workload
-from intentd.testbed.results import Results, machine_facts
+from intentd.testbed.results import Results, keep, machine_facts
 from intentd.testbed.traffic.trace import TraceFlow, Workload, merge, poisson
 
 WORKLOADS: Final = ("cache", "data-mining")
@@ -71,5 +71,6 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
                 chosen = policy_for(
                     policy, learned_from, domain=DOMAIN, rate_bps=rate_bps, load=load
                 )
-                results.runs.append(await lab.run(Scenario(label, name, load, seed, trace, chosen)))
+                run = await lab.run(Scenario(label, name, load, seed, trace, chosen))
+                keep(results, run, directory)
     return results

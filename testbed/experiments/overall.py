@@ -15,6 +15,7 @@ from intentd.testbed.results import (
     Check,
     Results,
     Run,
+    keep,
     kernel_over_simulator,
     machine_facts,
     paired,
@@ -83,7 +84,8 @@ async def one_trace(
     trace = poisson(source, load=load, rate_bps=rate_bps, duration_s=duration_s, seed=seed)
     for name in policies:
         policy = policy_for(name, [source], domain=DOMAIN, rate_bps=rate_bps, load=load)
-        results.runs.append(await lab.run(Scenario(name, source.name, load, seed, trace, policy)))
+        run = await lab.run(Scenario(name, source.name, load, seed, trace, policy))
+        keep(results, run, lab.directory)
 
 
 def checks(results: Results) -> list[Check]:

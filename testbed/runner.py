@@ -1,0 +1,106 @@
+"""Runs experiments by name, each into a directory of its own, and draws their reports."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from intentd.core.errors import InputError
+from intentd.testbed.experiments.options import EXPERIMENTS, Options
+from intentd.testbed.metrics import METRICS
+from intentd.testbed.playing import Progress
+from intentd.testbed.report import write_report
+from intentd.testbed.results import Results, over_seeds, save
+
+RESULTS_DIR: Final = Path("results")
+
+
+def names(wanted: str) -> list[str]:
+    """The experiments a name stands for: one, or all. Raises InputError."""
+    if wanted == "all":
+        return list(EXPERIMENTS)
+    name = wanted.replace("-", "_")
+    if name not in EXPERIMENTS:
+        raise InputError("experiment", wanted, f"all or one of {', '.join(EXPERIMENTS)}")
+    return [name]
+
+
+def new_directory(name: str, parent: Path = RESULTS_DIR) -> Path:
+    """results/<name>-<time>, not used before."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        directory = parent / f"{name}-{stamp}{suffix}"
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+    raise InputError("directory", str(parent), "room for one more run")
+
+
+async def run_experiment(
+    name: str, options: Options, directory: Path, progress: Progress
+) -> Results:
+    """Run, save, draw the report. Runs are saved one by one, so a failure loses only its own."""
+    module = importlib.import_module(f"intentd.testbed.experiments.{name}")
+    results: Results = await module.run(options, directory, progress)
+    await asyncio.to_thread(save, results, directory)
+    progress("drawing the report")
+    await asyncio.to_thread(write_report, directory)
+    return results
+
+
+def summary(results: Results, directory: Path) -> dict[str, Any]:
+    """The JSON document of a command: means over seeds in seconds, checks, where things are."""
+    return {
+        "experiment": results.experiment,
+        "directory": str(directory),
+        "report": str(directory / "report.html"),
+        "options": results.options,
+        "machine": results.machine,
+        "notes": results.notes,
+        "runs": [
+            {
+                "workload": workload,
+                "load": load,
+                "policy": label,
+                "seeds": len(runs),
+                "flows": sum(run.flows for run in runs),
+                "stalled": sum(run.stalled for run in runs),
+                "kernel": _means(over_seeds(runs)),
+                "simulator": _means(over_seeds(runs, "simulator")),
+                "busy_share": runs[0].busy_share,
+                "floor_s": runs[0].floor_s,
+            }
+            for workload, load in results.groups()
+            for label in results.labels(workload, load)
+            for runs in [results.select(workload, load, label)]
+        ],
+        "checks": [
+            {
+                "figure": check.figure,
+                "value": check.value,
+                "sense": check.sense,
+                "bar": check.bar,
+                "holds": check.holds,
+            }
+            for check in results.checks
+        ],
+    }
+
+
+def _means(row: dict[str, tuple[float, float]]) -> dict[str, float]:
+    return {f"{name}_s": mean for name, (mean, _) in row.items()}
+
+
+def completion_rows(results: Results) -> Iterable[list[object]]:
+    """For a terminal: workload, policy, milliseconds per metric."""
+    for workload, load in results.groups():
+        for label in results.labels(workload, load):
+            row = over_seeds(results.select(workload, load, label))
+            cells = [f"{1e3 * row[name][0]:.4g}" if name in row else "-" for name in METRICS]
+            yield [workload, f"{load:.0%}", label, *cells]

@@ -1,0 +1,468 @@
+/* Who gets how many GPUs: every policy, over the same view. Pure. */
+#include "kernel.h"
+
+/* Position of a job in the policies that order by size; smaller goes first. */
+double order_key(const Policy *policy, const Jobs *jobs, const State *state, int j)
+{
+    double left = estimated(jobs, state, j);
+    if (policy->kind == SRSF) /* remaining service in GPU seconds at the largest grant */
+        return jobs->gmax[j] * left / speed_at(jobs, j, jobs->gmax[j]);
+    return left / speed_at(jobs, j, least(jobs, j)); /* AFS: remaining time at its first grant */
+}
+
+static void give(Grants *grants, int j, double amount)
+{
+    grants->job[grants->count] = j;
+    grants->amount[grants->count++] = amount;
+}
+
+/* In queue order, each up to its largest useful grant: FIFO and SRSF. Returns what is left. */
+static double walk(const Jobs *jobs, const Queue *queue, double left, Grants *grants)
+{
+    for (int i = 0; i < queue->len && left > NEAR; i++) {
+        int j = queue->items[queue->head + i];
+        double amount = left < jobs->gmax[j] ? left : jobs->gmax[j];
+        if (amount < jobs->gmin[j] - NEAR)
+            continue; /* cannot start on so few: those behind it may */
+        give(grants, j, amount);
+        left -= amount;
+    }
+    return left;
+}
+
+/* What gangs left over: raise the granted, then start what still fits, in queue order. */
+static void spill(const Jobs *jobs, const View *view, double left, Grants *grants)
+{
+    if (!jobs->gangs || left <= NEAR)
+        return;
+    for (int i = 0; i < grants->count && left > NEAR; i++) {
+        double more = jobs->gmax[grants->job[i]] - grants->amount[i];
+        more = more < left ? more : left;
+        if (grants->amount[i] > 0 && more > 0) {
+            grants->amount[i] += more;
+            left -= more;
+        }
+    }
+    for (int i = 0; i < grants->count; i++)
+        grants->done[grants->job[i]] = 1;
+    int granted = grants->count;
+    for (int b = 0; b < view->n_busy && left > NEAR; b++) {
+        const Queue *queue = &view->queue[view->busy[b]];
+        for (int i = 0; i < queue->len && left > NEAR; i++) {
+            int j = queue->items[queue->head + i];
+            double amount = left < jobs->gmax[j] ? left : jobs->gmax[j];
+            if (grants->done[j] || amount < jobs->gmin[j] - NEAR)
+                continue;
+            give(grants, j, amount);
+            left -= amount;
+        }
+    }
+    for (int i = 0; i < granted; i++)
+        grants->done[grants->job[i]] = 0;
+}
+
+/* Largest GPUs with efficiency >= zeta, relative to the job's smallest grant (section 3.3.3). */
+static int cap_at(const Jobs *jobs, int j, double zeta)
+{
+    const double *row = jobs->efficiency + (size_t)jobs->table[j] * jobs->width;
+    int low = least(jobs, j), high = jobs->gmax[j];
+    double bar = zeta * row[low];
+    if (row[high] >= bar)
+        return high;
+    while (high - low > 1) { /* row falls: row[low] >= bar > row[high] */
+        int middle = (low + high) / 2;
+        if (row[middle] >= bar)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* One class in arrival order, caps relaxed by delta until its share is used. Returns the rest. */
+static double fill_class(const Policy *policy, const Jobs *jobs, const Queue *queue, double share,
+                         Grants *grants)
+{
+    if (share >= queue->demand - NEAR || policy->zeta <= 0)
+        return walk(jobs, queue, share, grants);
+    int first = grants->count;
+    double left = share;
+    for (double pass = 0;;) {
+        double zeta = policy->zeta - pass * policy->delta, next = -INFINITY;
+        grants->count = first;
+        left = share;
+        for (int i = 0; i < queue->len && left > NEAR; i++) {
+            int j = queue->items[queue->head + i], cap = cap_at(jobs, j, zeta);
+            double amount = left < cap ? left : cap;
+            if (cap < jobs->gmax[j]) {
+                const double *row = jobs->efficiency + (size_t)jobs->table[j] * jobs->width;
+                double rise = row[cap + 1] / row[least(jobs, j)];
+                next = rise > next ? rise : next;
+            }
+            if (amount < jobs->gmin[j] - NEAR)
+                continue;
+            give(grants, j, amount);
+            left -= amount;
+        }
+        if (left <= NEAR || next == -INFINITY)
+            return left;
+        double steps = ceil((zeta - next) / policy->delta - NEAR); /* passes that change nothing */
+        pass += steps > 1 ? steps : 1;
+    }
+}
+
+/* Weighted max-min shares of the busy classes, none above its demand. */
+static void share_out(const Policy *policy, const View *view, double capacity, double *share)
+{
+    double left = capacity;
+    for (int b = 0; b < view->n_busy; b++)
+        share[b] = -1.0;
+    for (int closed = 1; closed;) {
+        double total = 0;
+        for (int b = 0; b < view->n_busy; b++)
+            if (share[b] < 0)
+                total += policy->weight[view->busy[b]];
+        closed = 0;
+        double level = total > 0 ? left / total : 0, spent = 0;
+        for (int b = 0; b < view->n_busy; b++) {
+            double demand = view->queue[view->busy[b]].demand;
+            if (share[b] < 0 && demand <= level * policy->weight[view->busy[b]]) {
+                share[b] = demand;
+                spent += demand;
+                closed = 1;
+            }
+        }
+        left -= spent;
+        if (!closed)
+            for (int b = 0; b < view->n_busy; b++)
+                if (share[b] < 0)
+                    share[b] = level * policy->weight[view->busy[b]];
+    }
+}
+
+/* Whole GPUs by largest remainder. Every busy class first gets what its oldest job needs to run,
+ * oldest head first: without it a small weight rounds to nothing and preemption is unbounded. */
+static void round_shares(const Jobs *jobs, const View *view, double capacity, Grants *grants)
+{
+    double *share = grants->share, *fraction = grants->rank, left = capacity, missing = 0;
+    int n = view->n_busy, whole = 1;
+    double demand = 0, sum = 0;
+    for (int b = 0; b < n; b++) {
+        demand += view->queue[view->busy[b]].demand;
+        whole &= share[b] == floor(share[b]);
+        whole &= share[b] >= least(jobs, view->queue[view->busy[b]].items[view->queue[view->busy[b]].head]);
+        grants->slot[b] = 0;
+    }
+    if (whole)
+        return;
+    left = left < demand ? left : demand;
+    for (int k = 0; k < n; k++) { /* oldest head first; few classes, so a plain scan */
+        int oldest = -1;
+        double when = INFINITY;
+        for (int b = 0; b < n; b++) {
+            const Queue *queue = &view->queue[view->busy[b]];
+            double submit = jobs->submit[queue->items[queue->head]];
+            if (!grants->slot[b] && submit < when) {
+                when = submit;
+                oldest = b;
+            }
+        }
+        if (oldest < 0)
+            break;
+        const Queue *queue = &view->queue[view->busy[oldest]];
+        int need = least(jobs, queue->items[queue->head]);
+        grants->slot[oldest] = need <= left + NEAR ? need : -1;
+        if (grants->slot[oldest] > 0)
+            left -= need;
+    }
+    for (int b = 0; b < n; b++) {
+        double given = grants->slot[b] > 0 ? grants->slot[b] : 0;
+        fraction[b] = share[b] > given ? share[b] - given : 0;
+        missing += fraction[b];
+        share[b] = given;
+    }
+    double scale = missing > 0 ? left / missing : 0;
+    for (int b = 0; b < n; b++) {
+        double part = fraction[b] * scale, base = floor(part + NEAR);
+        share[b] += base;
+        fraction[b] = part - base;
+        sum += base;
+    }
+    for (double rest = floor(left - sum + .5); rest > 0; rest--) {
+        int best = 0;
+        for (int b = 1; b < n; b++)
+            if (fraction[b] > fraction[best] + NEAR)
+                best = b;
+        if (fraction[best] <= NEAR)
+            break;
+        share[best] += 1;
+        fraction[best] = 0;
+    }
+}
+
+static void allocate_wfq(const Policy *policy, const Jobs *jobs, const State *state,
+                         const View *view, Grants *grants)
+{
+    double left = 0, total = 0;
+    share_out(policy, view, state->capacity, grants->share);
+    if (policy->integral)
+        round_shares(jobs, view, state->capacity, grants);
+    for (int b = 0; b < view->n_busy; b++) {
+        total += grants->share[b];
+        left += fill_class(policy, jobs, &view->queue[view->busy[b]], grants->share[b], grants);
+    }
+    if (policy->integral && state->capacity - total > .5)
+        left += state->capacity - total; /* nothing but gangs that did not fit their share */
+    spill(jobs, view, left, grants);
+}
+
+/* AFS-L (Hwang et al., NSDI 2021): GPU by GPU to the winner of a tournament. A job without a GPU
+ * beats one with, and among those the shorter wins, so that the first GPUs go in key order. */
+static void allocate_afs(const Jobs *jobs, const State *state, const View *view, Grants *grants)
+{
+    const Queue *queue = &view->queue[0];
+    double left = state->capacity;
+    if (queue->demand <= left) {
+        walk(jobs, queue, left, grants);
+        return;
+    }
+    for (int i = 0; i < queue->len && left > NEAR; i++) {
+        int j = queue->items[queue->head + i], need = least(jobs, j);
+        if (need > left + NEAR)
+            continue;
+        give(grants, j, need);
+        left -= need;
+    }
+    if (left <= NEAR)
+        return;
+    int n = grants->count; /* back to arrival order, the order of the tournament */
+    for (int i = 1; i < n; i++) {
+        int j = grants->job[i], k = i;
+        double amount = grants->amount[i];
+        for (; k > 0 && grants->job[k - 1] > j; k--) {
+            grants->job[k] = grants->job[k - 1];
+            grants->amount[k] = grants->amount[k - 1];
+        }
+        grants->job[k] = j;
+        grants->amount[k] = amount;
+    }
+    for (; left > NEAR; left -= 1.0) {
+        int best = -1;
+        double best0 = 0, best1 = 0;
+        for (int i = 0; i < n; i++) {
+            int j = grants->job[i];
+            if (grants->amount[i] >= jobs->gmax[j])
+                continue;
+            double work = estimated(jobs, state, j);
+            double at0 = 1 / (work / speed_at(jobs, j, grants->amount[i]) + 1e-7);
+            double at1 = 1 / (work / speed_at(jobs, j, grants->amount[i] + 1) + 1e-7);
+            int shorter = at0 > best0; /* this one has less time left than the champion */
+            double low0 = shorter ? at0 : best0, low1 = shorter ? at1 : best1;
+            double high0 = shorter ? best0 : at0, high1 = shorter ? best1 : at1;
+            int low_wins = (low1 - low0) / low0 > (high1 - high0) / high1;
+            if (best < 0 || low_wins == shorter) {
+                best = i;
+                best0 = at0;
+                best1 = at1;
+            }
+        }
+        if (best < 0)
+            break;
+        grants->amount[best] += left < 1.0 ? left : 1.0;
+    }
+    spill(jobs, view, left > 0 ? left : 0, grants);
+}
+
+/* Themis (Mahajan et al., NSDI 2020) as the chapter runs it: whoever is furthest behind its fair
+ * finish time takes what it can use, then the next. */
+static double finish_ratio(const Jobs *jobs, const State *state, int j, double left)
+{
+    double grant = left < jobs->gmax[j] ? left : jobs->gmax[j];
+    double fair = state->capacity / mean_contention(state, j);
+    fair = state->size[j] / (fair < jobs->gmax[j] ? fair : jobs->gmax[j]);
+    return (state->now - jobs->submit[j] + state->remaining[j] / grant) / fair;
+}
+
+static void allocate_themis(const Jobs *jobs, const State *state, const View *view, Grants *grants)
+{
+    const Queue *queue = &view->queue[0];
+    const int32_t *items = queue->items + queue->head;
+    double left = state->capacity;
+    for (int i = 0; i < queue->len; i++)
+        grants->rank[i] = finish_ratio(jobs, state, items[i], left);
+    while (left > NEAR) {
+        int best = -1;
+        for (int i = 0; i < queue->len; i++)
+            if (grants->rank[i] > -INFINITY && (best < 0 || grants->rank[i] > grants->rank[best]))
+                best = i;
+        if (best < 0)
+            break;
+        int j = items[best];
+        double amount = left < jobs->gmax[j] ? left : jobs->gmax[j];
+        grants->rank[best] = -INFINITY;
+        if (amount < jobs->gmin[j] - NEAR)
+            continue;
+        give(grants, j, amount);
+        left -= amount;
+        for (int i = 0; i < queue->len && left > NEAR; i++)
+            if (jobs->gmax[items[i]] > left && grants->rank[i] > -INFINITY)
+                grants->rank[i] = finish_ratio(jobs, state, items[i], left);
+    }
+    spill(jobs, view, left, grants);
+}
+
+/* Max-min fair GPUs. Whole GPUs: those served least so far are admitted first, each with what it
+ * needs to run, then all admitted rise one GPU at a time. */
+static void allocate_maxmin(const Policy *policy, const Jobs *jobs, const State *state,
+                            const View *view, Grants *grants)
+{
+    const Queue *queue = &view->queue[0];
+    const int32_t *items = queue->items + queue->head;
+    double left = state->capacity;
+    if (queue->demand <= left) {
+        walk(jobs, queue, left, grants);
+        return;
+    }
+    if (!policy->integral && !jobs->gangs) {
+        int open = queue->len;
+        for (int i = 0; i < queue->len; i++)
+            give(grants, items[i], -1.0);
+        for (int closed = 1; closed;) {
+            double level = open ? left / open : 0;
+            closed = 0;
+            for (int i = 0; i < grants->count; i++)
+                if (grants->amount[i] < 0 && jobs->gmax[grants->job[i]] <= level) {
+                    grants->amount[i] = jobs->gmax[grants->job[i]];
+                    left -= grants->amount[i];
+                    open--;
+                    closed = 1;
+                }
+            if (!closed)
+                for (int i = 0; i < grants->count; i++)
+                    if (grants->amount[i] < 0)
+                        grants->amount[i] = level;
+        }
+        return;
+    }
+    for (int i = 0; i < queue->len; i++) /* attained service */
+        grants->rank[i] = state->size[items[i]] - state->remaining[items[i]];
+    for (int k = 0; k < queue->len && left > NEAR; k++) {
+        int best = -1;
+        for (int i = 0; i < queue->len; i++)
+            if (grants->rank[i] < INFINITY && (best < 0 || grants->rank[i] < grants->rank[best]))
+                best = i;
+        grants->rank[best] = INFINITY;
+        int need = least(jobs, items[best]);
+        if (need > left + NEAR)
+            continue;
+        give(grants, items[best], need);
+        left -= need;
+    }
+    for (int risen = 1; risen && left >= 1.0 - NEAR;) {
+        double lowest = INFINITY;
+        risen = 0;
+        for (int i = 0; i < grants->count; i++)
+            if (grants->amount[i] < jobs->gmax[grants->job[i]] && grants->amount[i] < lowest)
+                lowest = grants->amount[i];
+        for (int i = 0; i < grants->count && left >= 1.0 - NEAR; i++)
+            if (grants->amount[i] == lowest && lowest < jobs->gmax[grants->job[i]]) {
+                grants->amount[i] += 1.0;
+                left -= 1.0;
+                risen = 1;
+            }
+    }
+}
+
+static double kept_in(const Jobs *jobs, const State *state, int j, int round)
+{
+    if (round == 2) /* GPUs were lost: even the protected give */
+        return 0;
+    return state->floor[j] > 0 ? state->floor[j] : round ? 0 : jobs->gmin[j];
+}
+
+/* Jobs inside their minimum runtime keep what they need; the youngest others give it up, first
+ * what is above their own minimum, then all. floor: (n,), 0 where unprotected. */
+static void protect(const Jobs *jobs, const State *state, const View *view, Grants *grants)
+{
+    double short_of = 0, total = 0;
+    int unplaced = 0;
+    for (int i = 0; i < grants->count; i++) {
+        grants->done[grants->job[i]] = 1;
+        total += grants->amount[i];
+    }
+    int before = grants->count;
+    for (int b = 0; b < view->n_busy; b++)
+        for (int i = 0; i < view->queue[view->busy[b]].len; i++) {
+            int j = view->queue[view->busy[b]].items[view->queue[view->busy[b]].head + i];
+            if (state->floor[j] > 0 && !grants->done[j]) {
+                give(grants, j, 0.0);
+                unplaced = 1;
+            }
+        }
+    for (int i = 0; i < before; i++)
+        grants->done[grants->job[i]] = 0;
+    for (int i = 0; i < grants->count; i++) {
+        double floor_gpus = state->floor[grants->job[i]];
+        if (grants->amount[i] < floor_gpus) {
+            short_of += floor_gpus - grants->amount[i];
+            grants->amount[i] = floor_gpus;
+            unplaced = 1;
+        }
+    }
+    if (!unplaced)
+        return;
+    short_of -= state->capacity - total; /* idle GPUs first */
+    for (int round = 0; round < 3 && short_of > NEAR; round++)
+        while (short_of > NEAR) {
+            int victim = -1;
+            for (int i = 0; i < grants->count; i++) {
+                int j = grants->job[i];
+                double keep = kept_in(jobs, state, j, round);
+                if (grants->amount[i] > keep + NEAR && (victim < 0 || j > grants->job[victim]))
+                    victim = i;
+            }
+            if (victim < 0)
+                break;
+            int j = grants->job[victim];
+            double keep = kept_in(jobs, state, j, round);
+            double take = grants->amount[victim] - keep;
+            if (take > short_of && !(round && grants->amount[victim] - short_of < jobs->gmin[j]))
+                take = short_of;
+            grants->amount[victim] -= take;
+            short_of -= take;
+        }
+    int kept = 0;
+    for (int i = 0; i < grants->count; i++)
+        if (grants->amount[i] > NEAR) {
+            grants->job[kept] = grants->job[i];
+            grants->amount[kept++] = grants->amount[i];
+        }
+    grants->count = kept;
+}
+
+void allocate(const Policy *policy, const Jobs *jobs, const State *state, const View *view,
+              Grants *grants)
+{
+    grants->count = 0;
+    if (view->active == 0 || state->capacity <= NEAR)
+        return;
+    switch (policy->kind) {
+    case FIFO:
+    case SRSF:
+        walk(jobs, &view->queue[0], state->capacity, grants);
+        break;
+    case THEMIS:
+        allocate_themis(jobs, state, view, grants);
+        break;
+    case AFS:
+        allocate_afs(jobs, state, view, grants);
+        break;
+    case MAXMIN:
+        allocate_maxmin(policy, jobs, state, view, grants);
+        break;
+    default:
+        allocate_wfq(policy, jobs, state, view, grants);
+    }
+    if (policy->min_runtime_s > 0)
+        protect(jobs, state, view, grants);
+}

@@ -1,0 +1,410 @@
+/* Moves time from one decision to the next: ends, leases, protections, failures, arrivals. */
+#include "engine.h"
+
+size_t engine_bytes(int n, int classes)
+{
+    size_t wide = n > classes ? n : classes;
+    return 13 * sizeof(double) * (size_t)n + 3 * sizeof(double) * wide + 4 * sizeof(int32_t) * (size_t)n +
+           sizeof(int32_t) * ((size_t)classes + wide) + sizeof(Queue) * (size_t)classes + 2 * (size_t)n + 512;
+}
+
+static char *take(char **block, size_t bytes)
+{
+    char *start = *block;
+    *block += (bytes + 15) / 16 * 16;
+    return start;
+}
+
+void engine_layout(Engine *e, char *block, int n, int classes)
+{
+    size_t wide = n > classes ? n : classes, d = sizeof(double) * (size_t)n;
+    e->state.remaining = (double *)take(&block, d);
+    e->state.grant = (double *)take(&block, d);
+    e->state.floor = (double *)take(&block, d);
+    e->state.contention0 = (double *)take(&block, d);
+    e->state.events0 = (double *)take(&block, d);
+    e->state.size = (double *)take(&block, d);
+    e->rate = (double *)take(&block, d);
+    e->stall = (double *)take(&block, d);
+    e->since = (double *)take(&block, d);
+    e->saved = (double *)take(&block, d);
+    e->area0 = (double *)take(&block, d);
+    e->submitted = (double *)take(&block, d);
+    e->grants.amount = (double *)take(&block, sizeof(double) * wide);
+    e->grants.share = (double *)take(&block, sizeof(double) * wide);
+    e->grants.rank = (double *)take(&block, sizeof(double) * wide);
+    e->view.queue = (Queue *)take(&block, sizeof(Queue) * (size_t)classes);
+    e->klass = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
+    e->run = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
+    e->grants.job = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
+    e->view.queue[0].items = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
+    e->grants.slot = (int32_t *)take(&block, sizeof(int32_t) * wide);
+    e->view.busy = (int32_t *)take(&block, sizeof(int32_t) * (size_t)classes);
+    e->state.flags = (uint8_t *)take(&block, (size_t)n);
+    e->grants.done = (uint8_t *)take(&block, (size_t)n);
+}
+
+int class_of(const Policy *policy, double size)
+{
+    int low = 0, high = policy->classes - 1;
+    while (low < high) { /* first class with size <= threshold */
+        int middle = (low + high) / 2;
+        if (size <= policy->threshold[middle])
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+static int keyed(const Policy *policy) { return policy->kind == SRSF || policy->kind == AFS; }
+
+/* Only running jobs' keys moved, and only down: an insertion sort of a nearly sorted queue. */
+static void restore_order(Engine *e)
+{
+    Queue *queue = &e->view.queue[0];
+    int32_t *items = queue->items + queue->head;
+    double *key = e->grants.rank;
+    int last = e->runs; /* the running are at the front, except behind gangs that do not fit */
+    if (e->jobs.gangs || e->policy.min_runtime_s > 0)
+        last = queue->len;
+    for (int i = 0; i < last && i < queue->len; i++) {
+        int j = items[i], k = i;
+        double mine = order_key(&e->policy, &e->jobs, &e->state, j);
+        for (; k > 0 && key[k - 1] > mine; k--) {
+            key[k] = key[k - 1];
+            items[k] = items[k - 1];
+        }
+        key[k] = mine;
+        items[k] = j;
+    }
+}
+
+static void enqueue(Engine *e, int j)
+{
+    int class = e->klass[j];
+    Queue *queue = &e->view.queue[class];
+    if (queue->len == 0) {
+        int at = e->view.n_busy++;
+        for (; at > 0 && e->view.busy[at - 1] > class; at--)
+            e->view.busy[at] = e->view.busy[at - 1];
+        e->view.busy[at] = class;
+    }
+    int at = queue->len++;
+    int32_t *items = queue->items + queue->head;
+    if (keyed(&e->policy)) {
+        queue->len--;
+        restore_order(e);
+        queue->len++;
+        double key = order_key(&e->policy, &e->jobs, &e->state, j);
+        int low = 0, high = at;
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (order_key(&e->policy, &e->jobs, &e->state, items[middle]) <= key)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        memmove(items + low + 1, items + low, sizeof(int32_t) * (size_t)(at - low));
+        at = low;
+    }
+    items[at] = j;
+    queue->demand += e->jobs.gmax[j];
+    e->view.active++;
+}
+
+static void dequeue(Engine *e, int j)
+{
+    int class = e->klass[j], at = 0;
+    Queue *queue = &e->view.queue[class];
+    int32_t *items = queue->items + queue->head;
+    while (items[at] != j) /* it was running, so it is near the front */
+        at++;
+    memmove(items + 1, items, sizeof(int32_t) * (size_t)at);
+    queue->head++;
+    queue->len--;
+    queue->demand -= e->jobs.gmax[j];
+    e->view.active--;
+    if (queue->len == 0) {
+        int b = 0;
+        while (e->view.busy[b] != class)
+            b++;
+        e->view.n_busy--;
+        memmove(e->view.busy + b, e->view.busy + b + 1, sizeof(int32_t) * (size_t)(e->view.n_busy - b));
+    }
+}
+
+void engine_admit(Engine *e, int j)
+{
+    e->state.flags[j] |= ACTIVE;
+    enqueue(e, j);
+}
+
+static int protected_now(const Engine *e, int j)
+{
+    return e->policy.min_runtime_s > 0 && e->state.grant[j] > 0 &&
+           e->state.now < e->since[j] + e->policy.min_runtime_s;
+}
+
+void engine_decide(Engine *e)
+{
+    State *state = &e->state;
+    Grants *grants = &e->grants;
+    e->decisions++;
+    if (keyed(&e->policy))
+        restore_order(e);
+    if (e->policy.min_runtime_s > 0)
+        for (int i = 0; i < e->runs; i++) {
+            int j = e->run[i], need = least(&e->jobs, j);
+            double keep = state->grant[j] < need ? state->grant[j] : need;
+            state->floor[j] = protected_now(e, j) ? keep : 0;
+        }
+    allocate(&e->policy, &e->jobs, state, &e->view, grants);
+    for (int i = 0; i < grants->count; i++)
+        grants->done[grants->job[i]] = 1;
+    for (int i = 0; i < e->runs; i++) {
+        int j = e->run[i];
+        state->floor[j] = 0;
+        if (!grants->done[j] && (state->flags[j] & ACTIVE)) {
+            state->grant[j] = 0;
+            state->flags[j] |= PREEMPTED;
+            if (e->preemptions)
+                e->preemptions[j]++;
+        }
+    }
+    for (int i = 0; i < grants->count; i++) {
+        int j = grants->job[i];
+        double amount = grants->amount[i];
+        grants->done[j] = 0;
+        e->run[i] = j;
+        if (amount == state->grant[j])
+            continue;
+        if (state->grant[j] == 0) {
+            e->stall[j] = e->policy.start_s + (state->flags[j] & PREEMPTED ? e->policy.preempt_s : 0);
+            e->since[j] = state->now;
+            if (e->start && !(state->flags[j] & STARTED))
+                e->start[j] = state->now;
+            state->flags[j] = (state->flags[j] | STARTED) & ~PREEMPTED;
+        } else {
+            if (e->policy.resize_s > e->stall[j])
+                e->stall[j] = e->policy.resize_s;
+            if (e->resizes)
+                e->resizes[j]++;
+        }
+        e->saved[j] = state->now;
+        state->grant[j] = amount;
+        e->rate[j] = speed_at(&e->jobs, j, amount);
+    }
+    e->runs = grants->count;
+}
+
+static void advance(Engine *e, double to)
+{
+    State *state = &e->state;
+    double passed = to - state->now;
+    for (int i = 0; i < e->runs; i++) {
+        int j = e->run[i];
+        double useful = passed;
+        if (e->stall[j] > 0) {
+            double wait = e->stall[j] < useful ? e->stall[j] : useful;
+            e->stall[j] -= wait;
+            useful -= wait;
+        }
+        state->remaining[j] -= e->rate[j] * useful;
+    }
+    e->area += e->view.active * passed;
+    state->seen += e->view.active;
+    state->events += 1;
+    state->now = to;
+}
+
+static void end_job(Engine *e, int at)
+{
+    State *state = &e->state;
+    int j = e->run[at];
+    state->remaining[j] = 0;
+    dequeue(e, j);
+    state->flags[j] &= ~ACTIVE;
+    state->grant[j] = 0;
+    memmove(e->run + at, e->run + at + 1, sizeof(int32_t) * (size_t)(e->runs - at - 1));
+    e->runs--;
+    if (e->finish)
+        e->finish[j] = state->now;
+    if (e->fair) { /* section 3.2.2: finish time at a fair share of the GPUs */
+        double lived = state->now - e->submitted[j], share;
+        if (e->policy.artifact) {
+            share = state->capacity / mean_contention(state, j);
+            e->fair[j] = state->size[j] / (share < e->jobs.gmax[j] ? share : e->jobs.gmax[j]);
+        } else {
+            double seen = lived > 0 ? (e->area - e->area0[j]) / lived : e->view.active + 1;
+            share = state->capacity / (seen < 1 ? 1 : seen);
+            e->fair[j] = state->size[j] / speed_at(&e->jobs, j, share);
+        }
+    }
+}
+
+static double draw(Engine *e) /* in [0, 1): splitmix64 */
+{
+    uint64_t z = (e->seed += 0x9E3779B97F4A7C15ull);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return (double)((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
+}
+
+/* GPUs vanish (with the progress since the last checkpoint of jobs on them) or come back. */
+static void change_capacity(Engine *e, double change)
+{
+    State *state = &e->state;
+    double lost = -change, before = state->capacity;
+    state->capacity += change;
+    while (lost > NEAR && before > NEAR) { /* the GPUs that fail, one by one, idle ones among them */
+        double pick = draw(e) * before;
+        int hit = -1;
+        for (int i = 0; i < e->runs && hit < 0; i++) {
+            pick -= state->grant[e->run[i]];
+            if (pick < 0)
+                hit = i;
+        }
+        before -= 1;
+        lost -= 1;
+        if (hit < 0)
+            continue;
+        int j = e->run[hit];
+        double ran = state->now - e->saved[j] - e->stall[j], step = e->policy.checkpoint_s;
+        if (step > 0 && ran > 0)
+            ran = fmod(ran, step);
+        if (ran > 0)
+            state->remaining[j] += e->rate[j] * ran;
+        if (state->remaining[j] > e->jobs.work[j])
+            state->remaining[j] = e->jobs.work[j];
+        lost -= state->grant[j] - 1;
+        before -= state->grant[j] - 1;
+        state->grant[j] = 0;
+        state->flags[j] |= PREEMPTED;
+        memmove(e->run + hit, e->run + hit + 1, sizeof(int32_t) * (size_t)(e->runs - hit - 1));
+        e->runs--;
+        if (e->preemptions)
+            e->preemptions[j]++;
+        if (keyed(&e->policy)) { /* its key rose: back to where it belongs */
+            dequeue(e, j);
+            Queue *queue = &e->view.queue[0];
+            if (queue->head > 0) { /* room for the insertion at the end */
+                queue->head--;
+                memmove(queue->items + queue->head, queue->items + queue->head + 1,
+                        sizeof(int32_t) * (size_t)queue->len);
+            }
+            enqueue(e, j);
+        }
+    }
+}
+
+/* Runs until nothing is left, or the target ended. Returns 0, or -1 if jobs wait for ever. */
+int engine_run(Engine *e, Engine *mirror, const uint8_t *predict, double *predicted)
+{
+    State *state = &e->state;
+    const Jobs *jobs = &e->jobs;
+    while (e->view.active > 0 || e->next < jobs->n) {
+        double when = INFINITY;
+        int kind = 0, ending = -1;
+        for (int i = 0; i < e->runs; i++) {
+            int j = e->run[i];
+            double end = state->now + e->stall[j] +
+                         (state->remaining[j] > 0 ? state->remaining[j] / e->rate[j] : 0);
+            if (end < when) {
+                when = end;
+                ending = i;
+                kind = 1;
+            }
+        }
+        if (e->policy.lease_s > 0 && e->view.active > 0 && e->lease_at < when) {
+            when = e->lease_at;
+            kind = 2;
+        }
+        if (e->policy.min_runtime_s > 0 && e->view.active > e->runs)
+            for (int i = 0; i < e->runs; i++) {
+                double over = e->since[e->run[i]] + e->policy.min_runtime_s;
+                if (over > state->now && over < when) {
+                    when = over;
+                    kind = 2;
+                }
+            }
+        if (e->next_failure < e->failures && e->failure[2 * e->next_failure] < when) {
+            when = e->failure[2 * e->next_failure];
+            kind = 3;
+        }
+        if (e->next < jobs->n && jobs->submit[e->next] < when) {
+            when = jobs->submit[e->next];
+            kind = 4;
+        }
+        if (kind == 0 || (kind == 2 && e->runs == 0 && e->next == jobs->n && e->next_failure == e->failures))
+            return -1;
+        advance(e, when > state->now ? when : state->now);
+        int arrived = -1;
+        if (kind == 1) {
+            int j = e->run[ending];
+            end_job(e, ending);
+            if (j == e->target)
+                return 0;
+        } else if (kind == 3) {
+            change_capacity(e, e->failure[2 * e->next_failure++ + 1]);
+        } else if (kind == 4) {
+            arrived = e->next++;
+            state->contention0[arrived] = e->view.active + 1 - state->seen;
+            state->events0[arrived] = 1 - state->events;
+            e->area0[arrived] = e->area;
+            e->submitted[arrived] = state->now;
+            engine_admit(e, arrived);
+        }
+        e->lease_at = state->now + e->policy.lease_s;
+        engine_decide(e);
+        if (arrived >= 0 && predict && predict[arrived])
+            predicted[arrived] = engine_play_out(e, mirror, arrived);
+    }
+    return 0;
+}
+
+/* When the target would end if nothing else arrived: the same engine on a copy of the state. */
+double engine_play_out(const Engine *e, Engine *m, int target)
+{
+    const State *from = &e->state;
+    State *to = &m->state;
+    to->now = from->now;
+    to->capacity = from->capacity;
+    to->seen = from->seen;
+    to->events = from->events;
+    to->true_sizes = 1;
+    m->area = 0;
+    m->next = m->jobs.n;
+    m->target = target;
+    m->failures = 0; /* nobody announces the next failure */
+    m->view.n_busy = e->view.n_busy;
+    m->view.active = e->view.active;
+    memcpy(m->view.busy, e->view.busy, sizeof(int32_t) * (size_t)e->view.n_busy);
+    for (int b = 0; b < e->view.n_busy; b++) {
+        const Queue *queue = &e->view.queue[e->view.busy[b]];
+        Queue *copy = &m->view.queue[e->view.busy[b]];
+        copy->head = queue->head;
+        copy->len = queue->len;
+        copy->demand = queue->demand;
+        memcpy(copy->items + queue->head, queue->items + queue->head, sizeof(int32_t) * (size_t)queue->len);
+        for (int i = queue->head; i < queue->head + queue->len; i++) {
+            int j = queue->items[i];
+            to->remaining[j] = estimated(&e->jobs, from, j);
+            to->size[j] = e->policy.artifact ? to->remaining[j] : from->size[j];
+            to->grant[j] = from->grant[j];
+            to->flags[j] = from->flags[j];
+            to->floor[j] = 0;
+            to->contention0[j] = from->contention0[j];
+            to->events0[j] = from->events0[j];
+            m->klass[j] = e->klass[j];
+            m->rate[j] = e->rate[j];
+            m->stall[j] = e->stall[j];
+            m->since[j] = e->since[j];
+            m->saved[j] = e->saved[j];
+        }
+    }
+    m->runs = e->runs;
+    memcpy(m->run, e->run, sizeof(int32_t) * (size_t)e->runs);
+    m->lease_at = e->policy.artifact ? INFINITY : e->lease_at;
+    return engine_run(m, NULL, NULL, NULL) == 0 ? to->now : INFINITY;
+}

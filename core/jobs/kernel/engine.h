@@ -1,0 +1,32 @@
+#ifndef INTENTD_JOBS_ENGINE_H
+#define INTENTD_JOBS_ENGINE_H
+
+#include "kernel.h"
+
+typedef struct { /* everything one run changes; one block of memory, see engine_layout */
+    Policy policy;
+    Jobs jobs;
+    State state;
+    View view;
+    Grants grants;
+    int32_t *klass, *run;
+    double *rate, *stall, *since, *saved; /* saved: time of the last checkpoint */
+    double *area0, *submitted;
+    int runs, next, target;
+    double lease_at, area, random;
+    const double *failure; /* (failures, 2): time, change of capacity in GPUs; rising times */
+    int failures, next_failure;
+    uint64_t seed;
+    double *finish, *start, *fair, *resizes, *preemptions; /* answers, may be NULL in a play-out */
+    long decisions;
+} Engine;
+
+size_t engine_bytes(int n, int classes);
+void engine_layout(Engine *engine, char *block, int n, int classes);
+int class_of(const Policy *policy, double size);
+void engine_admit(Engine *engine, int j);
+int engine_run(Engine *engine, Engine *mirror, const uint8_t *predict, double *predicted);
+void engine_decide(Engine *engine);
+double engine_play_out(const Engine *engine, Engine *mirror, int target);
+
+#endif

@@ -28,12 +28,20 @@ up: $(STAMP) system  ## start the suite, run the main job, leave it running (ONE
 down:  ## stop the suite that `make up` left running
 	$(BIN)/intentctl down
 
+KERNEL := core/jobs/_kernel.abi3.so
+$(KERNEL): setup.py $(wildcard core/jobs/kernel/*.c core/jobs/kernel/*.h)
+	INTENTD_REQUIRE_KERNEL=1 $(BIN)/python setup.py --quiet build_ext --inplace --force 2>&1 | grep -v -i deprecat || true
+	@test -e $@ || { echo "the job kernel was not built: is a C compiler installed?"; exit 1; }
+	@touch $@
+
+kernel: $(STAMP) $(KERNEL)  ## compile the job kernel in place (a C compiler)
+
 test: $(STAMP) system test-unit test-real  ## all tests
 
-test-unit: $(STAMP)
+test-unit: $(STAMP) kernel
 	$(BIN)/python -m pytest tests/unit tests/sim -n 2
 
-test-real: $(STAMP)
+test-real: $(STAMP) kernel
 	$(BIN)/python -m pytest tests/real
 
 lint: $(STAMP)  ## ruff, mypy strict, import-linter, codespell

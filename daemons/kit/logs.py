@@ -86,11 +86,11 @@ def _escape(text: str) -> str:
 
 
 def _field(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = text[:MAX_FIELD]
-    if text and text.isprintable() and not any(mark in text for mark in ' "='):
-        return text
-    return text if isinstance(value, (dict, list, tuple)) else json.dumps(text)
+    if not isinstance(value, str):  # JSON already: numbers, lists, tables
+        return json.dumps(value, default=str)[:MAX_FIELD]
+    text = value[:MAX_FIELD]
+    plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
+    return text if plain else json.dumps(text)
 
 
 def configure_logging(

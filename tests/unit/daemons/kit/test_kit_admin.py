@@ -148,11 +148,10 @@ _JSON = st.recursive(
 def test_any_object_is_a_request_or_refused(request_: dict[str, Any]) -> None:
     try:
         command, args = decode_request(json.dumps(request_).encode())
-    except AdminRefusedError as error:
-        assert error.code == "bad_request"
-    else:
-        assert request_["command"] == command
-        assert isinstance(args, dict)
+    except AdminRefusedError:
+        return
+    assert request_["command"] == command
+    assert isinstance(args, dict)
 
 
 def test_deep_nesting_is_refused() -> None:

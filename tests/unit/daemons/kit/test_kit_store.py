@@ -44,9 +44,14 @@ def test_a_failing_migration_leaves_the_old_schema(tmp_path: Path) -> None:
 
 def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.db", SCHEMA)
-    with pytest.raises(RuntimeError, match="half way"), store.transaction() as db:
-        db.execute("INSERT INTO item (text) VALUES ('a')")
-        raise RuntimeError("half way")
+
+    def half_way() -> None:
+        with store.transaction() as db:
+            db.execute("INSERT INTO item (text) VALUES ('a')")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half_way()
     assert store.read("SELECT * FROM item") == []
     assert store.unready() == []
     store.close()
@@ -114,7 +119,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from intentd.daemons.kit.store import Store
-store = Store(Path(sys.argv[1]), ("CREATE TABLE item (id INTEGER PRIMARY KEY, text TEXT NOT NULL)",))
+store = Store(Path(sys.argv[1]), (sys.argv[2],))
 number = store.read("SELECT coalesce(max(id), 0) FROM item")[0][0]
 while True:
     number += 1
@@ -129,7 +134,7 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path) -> None:
     acknowledged = 0
     for round_ in range(5):
         with subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", _WRITER, str(path), *SCHEMA], stdout=subprocess.PIPE, text=True
         ) as writer:
             assert writer.stdout is not None
             for _ in range(3 + 7 * round_):

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,16 @@ from intentd.daemons.kit.watchdog import Watchdog
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, socket.socket]:
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, socket.socket]]:
     """A service manager's socket: its address as in $NOTIFY_SOCKET."""
     address = str(tmp_path / "n")
     if request.param == "abstract":
         address = f"@intentd-test-{secrets.token_hex(8)}"
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    request.addfinalizer(receiver.close)
     receiver.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
     receiver.settimeout(10)
-    return address, receiver
+    yield address, receiver
+    receiver.close()
 
 
 def test_messages_as_sd_notify_defines_them(manager: tuple[str, socket.socket]) -> None:

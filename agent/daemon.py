@@ -19,9 +19,10 @@ from intentd.agent.marking import mark
 from intentd.agent.metrics import AgentCollector
 from intentd.agent.shell import Domain, GateShell, Route, explain, parse_network
 from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
+from intentd.agent.turns import Sequenced, Turns
 from intentd.core.errors import ConfigError, InputError, IntentdError
-from intentd.core.flows.gate import FlowGate
 from intentd.core.flows.policy import DomainPolicy, flows_from_plain
+from intentd.core.flows.turn.domain import DomainGate
 from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
@@ -37,6 +38,7 @@ class Held:
 
     section: DomainSection
     domain: Domain
+    gate: DomainGate
     shaper: Shaper | None
 
     def tc(self) -> dict[str, str]:
@@ -66,10 +68,17 @@ class AgentDaemon(Daemon[AgentConfig]):
             now=kit.clock.now,
             mark=mark,
             woken=self._wake_at,
+            changed=self._flush,
             boot=int(kit.boot, 16),
             max_flows=config.socket.max_flows_per_connection,
             honour_hints=config.socket.allow_class_hints,
             recent=config.recent_flows,
+        )
+        self._turns = Turns(
+            name=config.name,
+            boot=int(kit.boot, 16),
+            now=kit.clock.now,
+            released=self.shell.released,
         )
         self._held: dict[str, Held] = {}
         self._shaping: ShapingHost | None = None
@@ -83,6 +92,7 @@ class AgentDaemon(Daemon[AgentConfig]):
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         self._held = {section.name: self._hold(section) for section in self.config.domains}
         self._publish(self.config)
+        self._turns.set_domains(_sequenced(self._held), self.config.fin)
         for held in self._held.values():
             await self._shape(held, held.domain.policy)
         self.kit.metrics.registry.register(
@@ -118,6 +128,7 @@ class AgentDaemon(Daemon[AgentConfig]):
         if self._socket is not None:
             self._socket.close()
         try:
+            self._turns.stop()
             if self._link is not None:
                 await self._link.stop()
         finally:
@@ -142,7 +153,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             before = self._held.get(section.name)
             kept = before is not None and _same_gate(before.section, section)
             if before is not None and kept:
-                held[section.name] = Held(section, before.domain, before.shaper)
+                held[section.name] = Held(section, before.domain, before.gate, before.shaper)
             else:
                 held[section.name] = self._hold(section)
         numbered = self._link.applied("flows") if self._link is not None else None
@@ -151,6 +162,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             new = held.get(name)
             if old.shaper is not None and (new is None or new.shaper is not old.shaper):
                 await old.shaper.restore()
+        self._turns.set_domains(_sequenced(held), config.fin)
         self._held = held
         self._publish(config)
         for entry in held.values():
@@ -161,14 +173,15 @@ class AgentDaemon(Daemon[AgentConfig]):
 
     def _hold(self, section: DomainSection) -> Held:
         policy = section.first_policy()
-        domain = Domain(section.name, policy, FlowGate(policy))
+        gate = DomainGate(policy, name=self.config.name, boot=int(self.kit.boot, 16))
+        domain = Domain(section.name, policy, gate)
         shaper = None
         if section.device:
             if self._shaping is None:
                 self.config.state_dir.mkdir(parents=True, exist_ok=True)
                 self._shaping = ShapingHost(self.config.state_dir / "tc.json")
             shaper = self._shaping.shaper(section.device, section.direction)
-        return Held(section, domain, shaper)
+        return Held(section, domain, gate, shaper)
 
     def _publish(self, config: AgentConfig) -> None:
         """Give the shell the domains held and the routes to them."""
@@ -195,6 +208,9 @@ class AgentDaemon(Daemon[AgentConfig]):
             raise IntentdError(f"socket {config.socket_path}: {error.strerror}") from None
         self.shell.connections = lambda: len(app_socket.connections)
         return app_socket
+
+    def _flush(self, domain: Domain) -> None:
+        self._turns.flush(domain)
 
     def _wake_at(self, at: float) -> None:
         if self._timer is not None:
@@ -289,8 +305,13 @@ class AgentDaemon(Daemon[AgentConfig]):
             "marks": counts.marks,
             "mark_failures": counts.mark_failures,
             "default_domain": self.config.default_domain,
+            "turns": self._turns.status(),
             "domains": {
-                name: {**self.shell.describe(held.domain), "tc": held.tc()}
+                name: {
+                    **self.shell.describe(held.domain),
+                    "tc": held.tc(),
+                    "turns": self._turns.member_status(held.domain),
+                }
                 for name, held in self._held.items()
             },
         }
@@ -329,11 +350,19 @@ class AgentDaemon(Daemon[AgentConfig]):
             "direction": section.direction,
             "peers": list(section.peers),
             "default": section.name == self.config.default_domain,
-            "sequencer": section.sequencer.endpoint or None,
+            "sequencer": self._turns.member_status(held.domain),
             "policy": self.shell.describe(held.domain)["policy"],
             "rate_bps": held.domain.policy.rate_bps,
             "tc": held.shaper.status() if held.shaper is not None else held.tc(),
         }
+
+
+def _sequenced(held: dict[str, Held]) -> list[Sequenced]:
+    return [
+        Sequenced(entry.domain, entry.gate, entry.section.sequencer)
+        for entry in held.values()
+        if entry.section.sequencer.endpoint
+    ]
 
 
 def _same_gate(before: DomainSection, after: DomainSection) -> bool:

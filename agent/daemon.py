@@ -278,7 +278,11 @@ class AgentDaemon(Daemon[AgentConfig]):
 
     def _capabilities(self) -> dict[str, Any]:
         states = [held.tc()["state"] for held in self._held.values()]
-        return {"domains": sorted(self._held), "shapes": Shaping.SHAPED.value in states}
+        domains = [
+            {"name": name, "rate_bps": held.section.rate_bps}
+            for name, held in sorted(self._held.items())
+        ]
+        return {"domains": domains, "shapes": Shaping.SHAPED.value in states}
 
     def unready(self) -> list[str]:
         reasons = []
@@ -321,7 +325,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             case "flows":
                 return self._admin_flows(args)
             case "explain":
-                return self.shell.explain(_flow_number(args.get("flow")))
+                return self.shell.explain(_flow_number(args.get("flow", args.get("id"))))
             case "domains":
                 return {"domains": [self._describe(held) for held in self._held.values()]}
         return await super().admin(command, args)

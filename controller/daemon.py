@@ -153,7 +153,7 @@ class Controller(Daemon[ControllerConfig]):
         if member.role != "agent":
             return
         try:
-            if self.flows.note_domains(member.capabilities):
+            if self.flows.note_domains(member.key, member.capabilities):
                 self.timers.wake()
         except InputError as error:
             self._bad(member, error)
@@ -262,6 +262,12 @@ class Controller(Daemon[ControllerConfig]):
         return {"domains": [self.flows.flows(name) for name in names]}
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return await self._admin(command, args)
+        except InputError as error:
+            raise AdminRefusedError(str(error), "bad_request") from None
+
+    async def _admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         match command:
             case "members":
                 _only(args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
@@ -68,6 +68,7 @@ class Domain:
     pending: list[tuple[float, float]] = field(default_factory=list)
     reports: dict[MemberKey, DomainReport] = field(default_factory=dict)
     gone: dict[MemberKey, float] = field(default_factory=dict)
+    rates: dict[MemberKey, float] = field(default_factory=dict)
     dropped_flows: int = 0
     measured_load: float | None = None
 
@@ -110,18 +111,25 @@ class FlowsApplication(
 
     # -- measure -----------------------------------------------------------------------------
 
-    def note_domains(self, capabilities: Mapping[str, Any]) -> bool:
-        """Domains a member announces: names, or tables with name and rate_bps. True if new."""
+    def note_domains(self, member: MemberKey, capabilities: Mapping[str, Any]) -> bool:
+        """Domains a member announces: names, or tables with name and rate_bps. True if new.
+
+        Of different rates the smallest counts: nobody may send more than the link takes.
+        """
         announced = capabilities.get("domains", ())
         if not isinstance(announced, (list, tuple)):
             raise InputError("capabilities.domains", f"{announced!r:.60}", "a list")
         fresh = False
         for item in announced[:MAX_DOMAINS]:
             table = item if isinstance(item, Mapping) else {"name": item}
-            name, rate = table.get("name", table.get("domain")), table.get("rate_bps")
-            if not isinstance(name, str):
-                raise InputError("capabilities.domains", f"{item!r:.60}", "names of domains")
-            fresh |= self._announce(name, rate)
+            name, rate = table.get("name"), table.get("rate_bps", self._config.default_rate)
+            good_rate = type(rate) in (int, float) and 0 < rate < math.inf
+            if not isinstance(name, str) or not 1 <= len(name) <= 64 or not good_rate:
+                raise InputError("capabilities.domains", f"{item!r:.60}", "name and rate_bps > 0")
+            fresh |= self._announce(name)
+            self.domains[name].gone.pop(member, None)
+            self.domains[name].rates[member] = float(rate)
+            self._resettle((name,))
         return fresh
 
     def take_report(self, member: MemberKey, reports: Mapping[str, DomainReport]) -> bool:
@@ -129,7 +137,7 @@ class FlowsApplication(
         now = self._clock.now()
         fresh = False
         for name, report in reports.items():
-            fresh |= self._announce(name, None)
+            fresh |= self._announce(name)
             domain = self.domains[name]
             domain.last_s = now
             last = domain.reports.get(member)
@@ -158,6 +166,7 @@ class FlowsApplication(
             last = domain.reports.get(member)
             if last is not None:
                 domain.reports[member] = replace(last, queue=(), active=())
+            if last is not None or member in domain.rates:
                 domain.gone[member] = self._clock.now()
 
     def get_workload_info(self) -> Workload:
@@ -221,11 +230,8 @@ class FlowsApplication(
         """Note why; the thresholds themselves are in the learners, the rates step issues them."""
         for name, decision in thresholds.items():
             domain = self.domains[name]
-            domain.why = {
-                "decision": decision.reason,
-                "detail": decision.detail,
-                "flows": decision.estimate.flows,
-            }
+            detail = {"detail": decision.detail, "flows": decision.estimate.flows}
+            domain.why = {"decision": decision.reason, "because": decision.reason, **detail}
 
     async def enforce_rates(self, rates: Rates) -> None:
         """Issue one numbered policy of all domains if any of them changed and none is held."""
@@ -267,7 +273,7 @@ class FlowsApplication(
         await self._store.run(lambda _: self._book.put_settings(accepted))
         self._overrides = self._book.settings()
         for name in accepted:
-            self._announce(name, None)
+            self._announce(name)
         self._resettle(accepted)
         before = self.newest
         rates = self.compute_rates(self.get_class_load())
@@ -296,7 +302,7 @@ class FlowsApplication(
             domain.learner.settings = config.learn()
             domain.load.window_s = config.load_window_s
         for section in config.domains:
-            self._announce(section.domain, None)
+            self._announce(section.domain)
         self._resettle(self.domains)
 
     # -- for people ------------------------------------------------------------------------------
@@ -318,7 +324,7 @@ class FlowsApplication(
             if domain.policy is None
             else len(domain.policy.classes),
             "load": domain.measured_load,
-            "why": domain.why,
+            "why": {key: value for key, value in domain.why.items() if key != "decision"},
             "window_flows": learner.flows,
             "observed_flows": learner.observed,
             "dropped_flows": domain.dropped_flows,
@@ -415,26 +421,19 @@ class FlowsApplication(
                 if learned and flows >= self._config.min_flows:
                     domain.learner.restore(estimate_of(policy, flows))
         for section in self._config.domains:
-            self._announce(section.domain, None)
+            self._announce(section.domain)
         for name in self._overrides:
-            self._announce(name, None)
+            self._announce(name)
 
-    def _announce(self, name: str, rate_bps: object) -> bool:
-        """Make a domain known; take a rate its agents report. True if it is new."""
-        rate = self._config.default_rate
-        known = isinstance(rate_bps, (int, float)) and not isinstance(rate_bps, bool)
-        if known and isinstance(rate_bps, (int, float)) and 0 < rate_bps < math.inf:
-            rate = float(rate_bps)
-        domain = self.domains.get(name)
-        if domain is not None:
-            if known and domain.settings.rate_bps != rate:
-                domain.settings = self._settings(name, rate)
+    def _announce(self, name: str, rate_bps: float | None = None) -> bool:
+        """Make a domain known, with the rate of its stored policy if it has one. True if new."""
+        if name in self.domains:
             return False
         if len(self.domains) >= MAX_DOMAINS:
             raise InputError("domain", name[:64], f"at most {MAX_DOMAINS} domains")
         self.domains[name] = Domain(
             name,
-            self._settings(name, rate),
+            self._settings(name, rate_bps or self._config.default_rate),
             Learner(self._config.learn()),
             LoadMeter(self._config.load_window_s),
             self._clock.now(),
@@ -454,10 +453,11 @@ class FlowsApplication(
             section = named[0] if named else DomainSection(domain=name)
         return section.settings(rate_bps, self._config.policy)
 
-    def _resettle(self, names: Mapping[str, object]) -> None:
+    def _resettle(self, names: Iterable[str]) -> None:
         for name in names:
             domain = self.domains[name]
-            domain.settings = self._settings(name, domain.settings.rate_bps)
+            rate = min(domain.rates.values(), default=domain.settings.rate_bps)
+            domain.settings = self._settings(name, rate)
 
     def _checked(self, row: object, where: str) -> tuple[str, dict[str, Any] | None]:
         """(domain, what to store) of one table of set_policy."""
@@ -487,6 +487,7 @@ class FlowsApplication(
                 if now - since_s > FORGET_MEMBER_S:
                     del domain.gone[member]
                     domain.reports.pop(member, None)
+                    domain.rates.pop(member, None)
             if now - domain.last_s > FORGET_DOMAIN_S and name not in configured:
                 del self.domains[name]
                 self._left.add(name)
@@ -494,7 +495,7 @@ class FlowsApplication(
     def _inputs(self, domain: Domain) -> dict[str, Any]:
         learner = domain.learner
         return {
-            **domain.why,
+            **{key: value for key, value in domain.why.items() if key != "decision"},
             "flows": learner.in_force.flows,
             "window_flows": learner.flows,
             "observed_flows": learner.observed,
@@ -507,8 +508,9 @@ class FlowsApplication(
     def _why(self, changed: Mapping[str, DomainPolicy]) -> str:
         words = []
         for name in changed:
-            why = self.domains[name].why
-            words.append(f"{name}: {why.get('decision', 'bootstrap with one class')}")
+            domain = self.domains[name]
+            first = "bootstrap with one class" if domain.policy is None else "settings or load"
+            words.append(f"{name}: {domain.why.pop('decision', first)}")
         return "; ".join(words)[:1000] or "domains left"
 
     def _issued(self, stored: StoredPolicy) -> None:

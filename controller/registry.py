@@ -53,8 +53,7 @@ class Record:
             "last_error": self.last_error,
             "refused": {
                 name: {
-                    "era": refused.era,
-                    "number": refused.number,
+                    "policy": [refused.era, refused.number],
                     "reason": refused.reason,
                     "wall_s": refused.wall_s,
                 }

@@ -15,9 +15,10 @@ from intentd.core.errors import InputError
 if TYPE_CHECKING:
     from intentd.core.flows.workloads import Workload
 
-app = typer.Typer(help="Network flows: classes, queues, completion times.", no_args_is_help=True)
+app = typer.Typer(help="Network flows: classes, queues, completion times.")
 
 MAX_FILE_BYTES = 64 * 2**20
+_FCT = ("mean_s", "p50_s", "p90_s", "p99_s", "p995_s")
 
 WorkloadOption = Annotated[
     str | None,
@@ -33,9 +34,83 @@ ThresholdsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps the commands of the group named, even while there is only one."""
+DomainOption = Annotated[str | None, typer.Option(help="Only this domain.")]
+
+
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Without a command: `show` of every domain."""
+    if context.invoked_subcommand is None:
+        show(None, as_json)
+
+
+@app.command("show")
+def show(domain: DomainOption = None, as_json: JsonOption = False) -> None:
+    """Classes, weights, queues and completion times over all agents (from the controller)."""
+    from intentd.daemons.ctl.output import print_json, print_table
+    from intentd.daemons.ctl.reach import admin_client
+
+    page = admin_client("controller").call("flows", **({"domain": domain} if domain else {}))
+    if as_json:
+        print_json(page)
+        return
+    from intentd.core.units import format_rate, format_size
+
+    for row in page["domains"]:
+        load = "unknown" if row["load"] is None else f"{100 * row['load']:.0f} %"
+        degraded = ", ".join(f"{why} {n}" for why, n in row["degraded"].items()) or "none"
+        print(
+            f"{row['domain']}: {row['policy'] or 'no policy yet'}, {format_rate(row['rate_bps'])}, "
+            f"load {load}, {row['finished']} of {row['arrivals']} flows finished, "
+            f"degraded starts: {degraded}"
+        )
+        print_table(
+            ("class", "up to", "weight", "load", "waiting", "active", "flows",
+             "FCT mean", "p50", "p90", "p99", "p99.5"),
+            [
+                (
+                    cls["index"],
+                    "inf"
+                    if cls["threshold_bytes"] is None
+                    else format_size(cls["threshold_bytes"]),
+                    f"{cls['weight']:.4f}",
+                    "" if cls["load"] is None else f"{100 * cls['load']:.1f} %",
+                    cls["waiting"],
+                    cls["active"],
+                    cls["fct_s"]["count"],
+                    *(_seconds(cls["fct_s"].get(name)) for name in _FCT),
+                )
+                for cls in row["classes"]
+            ],
+        )  # fmt: skip
+
+
+@app.command("explain")
+def explain(
+    flow: Annotated[str, typer.Argument(help="Number of a flow of this host's agent.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What was decided for a flow, from which inputs, and what else was possible."""
+    from intentd.daemons.ctl.output import print_json
+    from intentd.daemons.ctl.reach import admin_client
+
+    answer = admin_client("agent").call("explain", flow=flow)
+    if as_json:
+        print_json(answer)
+        return
+    for key, value in answer.items():
+        if isinstance(value, list):
+            print(f"{key}:")
+            for line in value:
+                print(f"  - {line}")
+        elif value is not None:
+            print(f"{key}: {value}")
+
+
+def _seconds(value: float | None) -> str:
+    from intentd.core.units import format_duration
+
+    return "-" if value is None else format_duration(value)
 
 
 def chosen_workload(name: str | None, cdf: Path | None) -> Workload:

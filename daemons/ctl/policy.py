@@ -1,0 +1,212 @@
+"""intentctl policy: numbered policies of the flows application, at the controller."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from intentd.core.errors import InputError
+from intentd.core.units import format_rate, format_size
+from intentd.daemons.ctl.output import JsonOption, message, print_json, print_table
+from intentd.daemons.ctl.reach import admin_client
+
+app = typer.Typer(help="Policies: list, show, set, roll back, release.", no_args_is_help=True)
+
+MAX_FILE_BYTES: Final = 1 << 20
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps the commands of the group named."""
+
+
+@app.command("list")
+def list_policies(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Policies as issued: number, when, by whom, why, what changed."""
+    page = admin_client("controller").call("policy_list", limit=limit)
+    if as_json:
+        print_json(page)
+        return
+    if page["held"] is not None:
+        message(
+            f"held at the content of {page['held']['number']} by {page['held']['author']}: "
+            "automatic policies wait for `intentctl policy release`"
+        )
+    print_table(
+        ("number", "era", "issued", "author", "reason", "changes"),
+        [
+            (
+                row["number"],
+                row["era"],
+                when(row["issued_wall_s"]),
+                row["author"],
+                row["reason"],
+                brief(row["changes"]),
+            )
+            for row in page["policies"]
+        ],
+    )
+
+
+@app.command("show")
+def show(
+    number: Annotated[
+        int | None, typer.Argument(min=1, help="Number; the newest if left out.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One policy whole: classes, inputs, what it changed, who runs or refused it."""
+    plain = admin_client("controller").call("policy_show", number=number)
+    if as_json:
+        print_json(plain)
+        return
+    print(
+        f"policy {plain['number']} of era {plain['era']}, issued {when(plain['issued_wall_s'])} "
+        f"by {plain['author']}: {plain['reason']}"
+    )
+    for line in plain["changes"]:
+        print(f"  {line}")
+    for row in plain["body"]["domains"]:
+        inputs = plain["inputs"].get("domains", {}).get(row["domain"], {})
+        because = ", ".join(f"{key} {value}" for key, value in inputs.items() if value is not None)
+        print(f"\n{row['domain']}: {row['name']}, {format_rate(row['rate_bps'])} ({because})")
+        print_table(
+            ("class", "up to", "weight", "mpl", "order", "sequencing", "dscp"),
+            [
+                (
+                    index,
+                    limit(cls["threshold_bytes"]),
+                    f"{cls['weight']:.4f}",
+                    cls["mpl"] or "no gate",
+                    cls["order"],
+                    cls["sequencing"],
+                    cls["dscp"],
+                )
+                for index, cls in enumerate(row["classes"])
+            ],
+        )
+    print(f"\nrun by: {', '.join(plain['run_by']) or 'nobody'}")
+    for refusal in plain["refused_by"]:
+        print(f"refused by {refusal['member']}: {refusal['reason']}")
+
+
+@app.command("set")
+def set_policy(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="TOML or JSON with a domain's policy or settings; - stdin."),
+    ] = None,
+    domain: Annotated[str, typer.Option(help="Domain, when settings are given as options.")] = "",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value, such as policy=2d-boost or mpl=[2,1]; repeatable."),
+    ] = None,
+    reset: Annotated[bool, typer.Option(help="Back to the controller's configuration.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Set a domain's settings, or pin a whole policy; refused whole with the path when wrong."""
+    document = read_document(file) if file is not None else {}
+    if file is None and not domain:
+        raise InputError("FILE, --domain", "neither", "one of them")
+    if domain or setting or reset:
+        if "domains" in document:
+            raise InputError("--domain", domain, "no options beside a file of several domains")
+        document = document | ({"domain": domain} if domain else {})
+        document |= dict(key_value(text) for text in setting or ())
+        if reset:
+            document["reset"] = True
+    answer = admin_client("controller").call(
+        "policy_set", document=document, author=getpass.getuser()
+    )
+    _tell(answer, as_json)
+
+
+@app.command("rollback")
+def rollback(
+    number: Annotated[int, typer.Argument(min=1, help="Whose content to issue again.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Issue an old policy under a new number and hold the automatic ones until `release`."""
+    answer = admin_client("controller").call(
+        "policy_rollback", number=number, author=getpass.getuser()
+    )
+    _tell(answer, as_json)
+    message("automatic policies are held until `intentctl policy release`")
+
+
+@app.command("release")
+def release(as_json: JsonOption = False) -> None:
+    """Let automatic policies go on after a rollback."""
+    answer = admin_client("controller").call("policy_release")
+    if as_json:
+        print_json(answer)
+    else:
+        print("released" if answer["released"] else "nothing was held")
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """A table of a TOML or JSON file. Raises InputError naming the file."""
+    name = "stdin" if str(file) == "-" else str(file)
+    try:
+        if name == "stdin":
+            text = sys.stdin.read(MAX_FILE_BYTES + 1)
+        else:
+            with file.open(encoding="utf-8") as opened:
+                text = opened.read(MAX_FILE_BYTES + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("FILE", name, f"a readable text file ({error})") from None
+    if len(text) > MAX_FILE_BYTES:
+        raise InputError("FILE", name, f"at most {MAX_FILE_BYTES} characters")
+    try:
+        document = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError("FILE", name, f"TOML or a JSON object ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError("FILE", name, "a table")
+    return document
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """``mpl=[2,1]`` as key and value; what is not TOML is text. Raises InputError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError("--set", text, "key=value")
+    try:
+        return key.strip(), tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def when(wall_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall_s))
+
+
+def limit(threshold_bytes: float | None) -> str:
+    return "inf" if threshold_bytes is None else format_size(threshold_bytes)
+
+
+def brief(changes: list[str]) -> str:
+    return "" if not changes else changes[0] + (f" (+{len(changes) - 1})" if changes[1:] else "")
+
+
+def _tell(answer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    issued = answer["issued"]
+    if issued is None:
+        print("stored; the policy in force stays as it is")
+        return
+    print(f"issued policy {issued['number']} of era {issued['era']}")
+    for line in issued["changes"]:
+        print(f"  {line}")

@@ -187,5 +187,5 @@ class GateMachine(RuleBasedStateMachine):
         assert self.gate.next_timer() == expected
 
 
-GateMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+GateMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestGateAgainstModel = GateMachine.TestCase

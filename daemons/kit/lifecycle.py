@@ -139,7 +139,8 @@ class Daemon(Generic[C]):
         """Finish what was accepted; the lifecycle stops waiting after deadline_s."""
 
     async def stop(self) -> None:
-        """Undo host state. Called once, also after a crash; must not assume start() finished."""
+        """Undo host state. Called once if start() began, also after a crash or a start() that
+        raised: must not assume that it finished."""
 
     def status(self) -> dict[str, Any]:
         """The role's part of the status document (``detail``)."""
@@ -182,6 +183,7 @@ class Lifecycle(Generic[C]):
         self._stop_reason = ""
         self._crash: BaseException | None = None
         self._reloading = asyncio.Lock()
+        self._begun = False
         self._serving = False
         self._tasks = Tasks()
         self._watchdog = Watchdog(kit.clock, kit.metrics, kit.notifier)
@@ -252,6 +254,7 @@ class Lifecycle(Generic[C]):
         )
         await self._admin.start(self._tasks)
         self._tasks.create_task(self._watchdog.run(), name="watchdog")
+        self._begun = True
         await self.daemon.start(self._tasks)
         self._serving = True
         kit.metrics.ready.set_function(lambda: float(not self.unready()))
@@ -281,7 +284,9 @@ class Lifecycle(Generic[C]):
 
     async def _undo(self) -> None:
         """Undo host state, each step even if the one before failed; also on the way of a crash."""
-        steps: list[Callable[[], Awaitable[None]]] = [self.daemon.stop]
+        steps: list[Callable[[], Awaitable[None]]] = []
+        if self._begun:  # else the host's state may be that of the daemon that holds the lock
+            steps.append(self.daemon.stop)
         if self._admin is not None:
             steps.append(self._admin.stop)
         if self._status is not None:

@@ -1,0 +1,268 @@
+"""Runs the suite's daemons as children: start in order, restart with backoff, record, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, TypedDict
+
+from intentd.core.errors import IntentdError
+from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
+from intentd.daemons.kit.config import admin_path
+from intentd.daemons.kit.files import write_atomically
+from intentd.daemons.kit.lifecycle import EXIT_USAGE, prepare_directory
+
+BACKOFF_MIN_S: Final = 0.5
+BACKOFF_MAX_S: Final = 30.0
+STEADY_S: Final = 60.0  # alive this long: the next death starts a fresh backoff
+STOP_TIMEOUT_S: Final = 20.0
+POLL_S: Final = 0.1
+
+
+class Child(TypedDict):
+    """A process that is still the same one: the id alone may be another's by now."""
+
+    pid: int
+    start: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one suite keeps its things, and which ports it takes from port_base on."""
+
+    run_dir: Path
+    state_dir: Path
+    config_dir: Path | None
+    port_base: int
+
+    @property
+    def record(self) -> Path:
+        return self.run_dir / "up.json"
+
+    @property
+    def log(self) -> Path:
+        return self.state_dir / "up.log"
+
+    def prepare(self) -> None:
+        prepare_directory(self.run_dir, 0o755)
+        prepare_directory(self.state_dir, 0o700)
+
+    def config_of(self, role: str) -> Path | None:
+        path = self.config_dir / f"{role}.toml" if self.config_dir is not None else None
+        return path if path is not None and path.exists() else None
+
+    def environment(self, role: str) -> dict[str, str]:
+        """Overrides that make the embedded defaults of one role fit together."""
+        base = self.port_base
+        own = {
+            "STATE_DIR": str(self.state_dir / role),
+            "RUN_DIR": str(self.run_dir),
+            "STATUS__BIND": f"127.0.0.1:{base + _STATUS_OFFSET[role]}",
+            **_endpoints(role, base),
+        }
+        if self.config_of(role) is not None:  # the operator's file says the rest
+            own = {name: own[name] for name in ("STATE_DIR", "RUN_DIR")}
+        return {f"INTENTD_{role.upper()}__{name}": value for name, value in own.items()}
+
+
+_STATUS_OFFSET: Final = {"controller": 1, "sequencer": 11, "agent": 21}
+
+
+def _endpoints(role: str, base: int) -> dict[str, str]:
+    """How the three find each other on the loopback."""
+    hub, turns = f"tcp://127.0.0.1:{base}", f"tcp://127.0.0.1:{base + 10}"
+    if role == "controller":
+        return {"HUB__BIND": hub}
+    own = {"CONTROLLER__ENDPOINT": hub}
+    if role == "agent":
+        domain = f'{{name = "default", default = true, sequencer = {{endpoint = "{turns}"}}}}'
+        own |= {"FIN__BIND": f"127.0.0.1:{base + 30}", "DOMAINS": f"[{domain}]"}
+    return own
+
+
+def identify(pid: int) -> Child:
+    """The process as it is now. Raises ProcessLookupError."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        raise ProcessLookupError(pid) from None
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] == "Z":
+        raise ProcessLookupError(pid)
+    return {"pid": pid, "start": fields[19]}  # field 22 of proc(5): ticks since boot
+
+
+def alive(child: Child) -> bool:
+    try:
+        return identify(child["pid"])["start"] == child["start"]
+    except ProcessLookupError:
+        return False
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What ``up`` wrote; None when there is none or it is not ours to act on."""
+    try:
+        if path.stat().st_uid not in (0, os.geteuid()):
+            return None
+        record = json.loads(path.read_text())
+        children = [record["supervisor"], *record.get("children", {}).values()]
+        if not all(type(c["pid"]) is int and c["pid"] > 1 and c["start"] for c in children):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(record)
+
+
+class Supervisor:
+    """Keeps one child a role alive. terminal: where their logs go, None: to our standard error."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        roles: Sequence[str],
+        modules: Mapping[str, str],
+        terminal: IO[str] | None,
+    ) -> None:
+        self.layout = layout
+        self._roles = tuple(roles)
+        self._modules = modules
+        self._terminal = terminal
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._children: dict[str, Child] = {}
+        self._failed: asyncio.Future[None] | None = None
+        self._addresses: dict[str, str] = {}
+        self._ready = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self.layout.prepare()
+        self._failed = asyncio.get_running_loop().create_future()
+        self._record()
+        async with asyncio.TaskGroup() as tasks:
+            for role in self._roles:
+                tasks.create_task(self._keep(role), name=f"keep-{role}")
+
+    async def ready(self, timeout_s: float) -> None:
+        """Wait until all are ready. Raises IntentdError when one cannot start, or in time."""
+        waiting = list(self._roles)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while waiting:
+                    if self._failed is not None and self._failed.done():
+                        self._failed.result()
+                    if await self._is_ready(waiting[0]):
+                        waiting.pop(0)
+                    else:
+                        await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise IntentdError(f"{', '.join(waiting)}: not ready after {timeout_s:.0f} s") from None
+        self._ready = True
+        self._record()
+
+    async def _is_ready(self, role: str) -> bool:
+        client = AdminClient(admin_path(role, self.layout.run_dir), 5.0)
+        try:
+            status = await client.acall("status")
+        except (AdminUnreachableError, AdminRefusedError):
+            return False
+        process = self._processes.get(role)
+        if process is None or status["pid"] != process.pid:
+            return False
+        self._addresses[role] = status["status_address"]
+        connected = status["controller"] is None or status["controller"]["connected"]
+        return bool(status["ready"] and connected)
+
+    def addresses(self) -> dict[str, str]:
+        return dict(self._addresses)
+
+    async def _keep(self, role: str) -> None:
+        loop = asyncio.get_running_loop()
+        wait_s = BACKOFF_MIN_S
+        while True:
+            began = loop.time()
+            process = await self._start(role)
+            await self._copy_log(role, process)
+            code = await process.wait()
+            self._say(role, f"ended with status {code}")
+            if self._failed is not None and not self._failed.done():
+                never_ran = not self._ready
+                if code == EXIT_USAGE or never_ran:
+                    self._failed.set_exception(
+                        IntentdError(f"{role} ended with status {code} at start: see its log above")
+                    )
+                    return
+            if loop.time() - began > STEADY_S:
+                wait_s = BACKOFF_MIN_S
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, BACKOFF_MAX_S)
+
+    async def _start(self, role: str) -> asyncio.subprocess.Process:
+        code = f"import sys; from {self._modules[role]} import main; sys.exit(main())"
+        command = [sys.executable, "-c", code]
+        config = self.layout.config_of(role)
+        if config is not None:
+            command += ["--config", str(config)]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env={**os.environ, **self.layout.environment(role)},
+            stdin=subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE if self._terminal is not None else None,
+            start_new_session=True,  # Ctrl-C is for us; we tell the children
+        )
+        self._processes[role] = process
+        with contextlib.suppress(ProcessLookupError):
+            self._children[role] = identify(process.pid)
+        self._record()
+        return process
+
+    async def _copy_log(self, role: str, process: asyncio.subprocess.Process) -> None:
+        if process.stderr is None:
+            return
+        while True:
+            try:
+                line = await process.stderr.readline()
+            except ValueError:  # longer than the reader's limit
+                continue
+            if not line:
+                return
+            self._say(role, line.decode(errors="replace").rstrip("\n"))
+
+    def _say(self, role: str, text: str) -> None:
+        print(f"{role:<10} | {text}", file=self._terminal or sys.stderr, flush=True)
+
+    def _record(self) -> None:
+        document = {
+            "supervisor": identify(os.getpid()),
+            "children": self._children,
+            "ready": self._ready,
+            "addresses": self._addresses,
+            "status_address": self._addresses.get("controller", ""),
+        }
+        write_atomically(self.layout.record, json.dumps(document).encode(), mode=0o644)
+
+    async def stop(self) -> None:
+        """Stop the children, last started first; those that take too long are killed."""
+        for role in reversed(self._roles):
+            process = self._processes.get(role)
+            if process is None or process.returncode is not None:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            copying = asyncio.ensure_future(self._copy_log(role, process))
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await process.wait()
+            except TimeoutError:
+                self._say(role, "did not stop: killed")
+                process.kill()
+                await process.wait()
+            copying.cancel()
+        self.layout.record.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from intentd.daemons.ctl.flows import (
     chosen_workload,
     refuse,
 )
+
+if TYPE_CHECKING:
+    from intentd.core.sim.faults import FaultRun, Faults
 
 app = typer.Typer(help="Simulations that drive the daemons' own code.", no_args_is_help=True)
 
@@ -120,3 +123,91 @@ def _policy_names(text: str) -> list[str]:
         if name not in known:
             raise InputError("--policies", name, f"some of {', '.join(known)}")
     return names
+
+
+@app.command("faults")
+def faults(
+    seeds: Annotated[str, typer.Option(help="A:B, the seeds A to B - 1.")] = "0:100",
+    loss: Annotated[float, typer.Option(help="Share of messages lost, 0 to 0.9.")] = 0.0,
+    kill: Annotated[
+        bool, typer.Option("--kill", help="Kill, restart and pause agents and the sequencer.")
+    ] = False,
+    partition: Annotated[
+        bool, typer.Option("--partition", help="Cut nodes off from each other for a time.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Tell the story of each seed on standard error.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The turn protocol on a network that fails: order, progress and recovery, seed by seed.
+
+    A seed that violates anything is printed and replays alone: --seeds S:S+1 --trace. Exit status
+    1 if any did.
+    """
+    from intentd.core.sim.faults import Faults, add_up, run_seed
+
+    try:
+        first, last = _seed_range(seeds)
+        if not 0 <= loss <= 0.9:
+            raise InputError("--loss", loss, "a share in 0 to 0.9")
+        if jobs < 0:
+            raise InputError("--jobs", jobs, "0 or a number of processes")
+    except InputError as error:
+        refuse(error)
+    wrong = Faults(loss, kill, partition)
+    if trace:
+        runs = []
+        for seed in range(first, last):
+            runs.append(run_seed(seed, wrong, trace=True))
+            for line in runs[-1].story:
+                print(f"{seed}: {line}", file=sys.stderr)
+    else:
+        runs = _run_seeds(range(first, last), wrong, jobs)
+    total = add_up(runs)
+    switches = f"{f' --loss {loss}' if loss else ''}{' --kill' if kill else ''}"
+    switches += " --partition" if partition else ""
+    for run in runs:
+        if run.violations:
+            again = f"intentctl sim faults --seeds {run.seed}:{run.seed + 1}{switches} --trace"
+            print(
+                f"seed {run.seed} failed: {run.violations[0]}\n  replay: {again}", file=sys.stderr
+            )
+    if as_json:
+        typer.echo(json.dumps(total))
+    else:
+        for name, value in total.items():
+            typer.echo(f"{name:<18} {value}")
+    if total["failed_seeds"]:
+        raise typer.Exit(1)
+
+
+def _seed_range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdecimal() or not last.isdecimal() or int(first) >= int(last):
+        raise InputError("--seeds", text, "A:B with 0 <= A < B")
+    return int(first), int(last)
+
+
+def _run_seeds(seeds: range, wrong: Faults, jobs: int) -> list[FaultRun]:
+    """All seeds over processes; progress on a terminal's standard error."""
+    import os
+    from concurrent.futures import ProcessPoolExecutor
+    from functools import partial
+    from multiprocessing import get_context
+
+    from intentd.core.sim.faults import run_seed
+
+    workers = min(jobs or os.cpu_count() or 1, len(seeds))
+    if workers == 1:
+        return [run_seed(seed, wrong) for seed in seeds]
+    runs = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for run in pool.map(partial(run_seed, faults=wrong), seeds, chunksize=10):
+            runs.append(run)
+            if sys.stderr.isatty() and len(runs) % 100 == 0:
+                print(f"\r{len(runs)}/{len(seeds)} seeds ", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    return runs

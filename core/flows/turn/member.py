@@ -321,6 +321,19 @@ class TurnMember:
         turn = self._turn_of.get(flow)
         return 0 if turn is None else turn.id
 
+    def lease_left_s(self, now: float) -> float:
+        """Seconds this member may still count on what it holds; negative: none."""
+        if self.state not in (MemberState.MEMBER, MemberState.REJOINING):
+            return -math.inf
+        return self._lease_until - now
+
+    def ordered_sending(self, class_index: int) -> list[int]:
+        """Ids whose flow sends, started in order, not demoted since and not announced."""
+        line = self._lines.get(class_index)
+        if line is None:
+            return []
+        return [t for t, turn in line.turns.items() if turn.mark == ORDERED and not turn.announced]
+
     def held_ids(self, class_index: int) -> list[int]:
         """Ids of this class that are neither over nor announced at this member, ascending."""
         line = self._lines.get(class_index)

@@ -495,9 +495,10 @@ class SequencerCore:
     ) -> None:
         """The member states all it holds: what it no longer lists is over.
 
-        Answers that it may not have seen yet (above acked) are left alone.
+        Answers that it may not have seen yet (above acked) are left alone; a statement overtaken
+        by a request that acknowledges more is too old to judge by.
         """
-        if sequence <= member.sequence:
+        if sequence <= member.sequence or acked < member.acked:
             return
         member.sequence = sequence
         if acked > member.acked:

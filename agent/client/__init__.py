@@ -91,10 +91,12 @@ class _Fileno(Protocol):
 class _AgentGoneError(Exception):
     """No turn from the agent; ``reason`` becomes the flow's ``degraded``."""
 
-    def __init__(self, reason: str, text: str = "") -> None:
+    def __init__(self, reason: str, text: str = "", *, known: bool = False) -> None:
+        """known: the agent was not tried, the pause after an earlier failure lasts."""
         super().__init__(reason)
         self.reason = reason
         self.text = text
+        self.counts = not known and reason not in ("refused", "timeout")
 
 
 # -- bytes ----------------------------------------------------------------------------------------
@@ -697,7 +699,7 @@ class Flows(_Settings):
             self._ask(flow, packet, sock)
         except _AgentGoneError as gone:
             flow._failed(gone)
-            if gone.reason not in ("refused", "timeout"):
+            if gone.counts:
                 self._retry.failed(gone.reason)
         flow.waited_s = time.monotonic() - began
         self._count(flow)
@@ -727,7 +729,7 @@ class Flows(_Settings):
             finally:
                 connection.forget(request)
         except _AgentGoneError as gone:
-            if gone.reason != "refused":
+            if gone.counts:
                 self._retry.failed(gone.reason)
             return False
         return bool(reply.marked)
@@ -774,7 +776,7 @@ class Flows(_Settings):
             if connection is not None and not connection.dead and connection.pid == os.getpid():
                 return connection
             if self._retry.holds():
-                raise _AgentGoneError(self._retry.reason)
+                raise _AgentGoneError(self._retry.reason, known=True)
             self._connection = None
             try:
                 connection = _Connection(self.path, self._hello())
@@ -1116,7 +1118,7 @@ class AsyncFlows(_Settings):
             await self._ask(flow, packet, sock)
         except _AgentGoneError as gone:
             flow._failed(gone)
-            if gone.reason not in ("refused", "timeout"):
+            if gone.counts:
                 self._retry().failed(gone.reason)
         flow.waited_s = time.monotonic() - began
         self._count(flow)
@@ -1170,7 +1172,7 @@ class AsyncFlows(_Settings):
             connection.fail("closed")  # its loop has ended
         retry = self._retry()
         if retry.holds():
-            raise _AgentGoneError(retry.reason)
+            raise _AgentGoneError(retry.reason, known=True)
         self._local.connection = None
         try:
             connection = _AsyncConnection(self.path, self._hello(), loop)

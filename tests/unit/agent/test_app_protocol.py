@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -103,10 +104,8 @@ def test_replies_round_trip(
 @given(st.binary(max_size=300))
 def test_no_bytes_crash_the_decoders(packet: bytes) -> None:
     for decode in (wire.decode_request, wire.decode_reply):
-        try:
+        with contextlib.suppress(WireError):
             decode(packet)
-        except WireError as error:
-            assert str(error)
 
 
 @given(opens, st.integers(0, 103), st.integers(0, 255))
@@ -115,12 +114,15 @@ def test_a_changed_byte_is_another_message_or_an_error(
 ) -> None:
     packet = bytearray(wire.encode_open(message))
     packet[offset] = value
+    refusal = None
     try:
         wire.decode_request(bytes(packet))
     except wire.ProtocolError as error:
-        reply = wire.decode_reply(error.packet())
+        refusal = error
+    if refusal is not None:
+        reply = wire.decode_reply(refusal.packet())
         assert isinstance(reply, wire.Error)
-        assert reply.text == str(error)[: wire.MAX_TEXT]
+        assert reply.text == str(refusal)[: wire.MAX_TEXT]
 
 
 def changed(offset: int, raw: bytes) -> bytes:

@@ -21,10 +21,12 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from intentd.agent.marking import mark
+from intentd.agent.tc.plan import PutClass, as_command, tree_for
 from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
 from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 from intentd.core.units import format_rate, parse_rate_bps
@@ -39,6 +41,15 @@ CHANGES_PER_S: Final = 10
 CHUNK: Final = bytes(256 * 1024)
 TOTAL_RETRANS_OFFSET: Final = 100  # struct tcp_info, linux/tcp.h
 CUBIC: Final = b"cubic"
+# What a switch has for a port. The deeper it is, the longer its standing queue from slow start
+# takes to drain at the 5 % by which the receiver shapes below the link: with 20 MB the weights
+# held only after 5 s.
+PORT_BUFFER_BYTES: Final = 1_000_000
+# A class counts as busy only while packets wait in it. A fixed window of several quanta keeps it
+# so from the start; one that the kernel tunes lags behind where the reader lacks the processor.
+WINDOW_BYTES: Final = 4 * 1024 * 1024
+SO_SNDBUFFORCE: Final = 32
+SO_RCVBUFFORCE: Final = 33
 
 
 def say(text: str) -> None:
@@ -63,10 +74,12 @@ class Flow:
     def __init__(self, sender: netns.Namespace, receiver: netns.Interface) -> None:
         with receiver.namespace.socket() as listener:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CUBIC)
+            listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, WINDOW_BYTES)
             listener.bind((receiver.ipv4, 0))
             listener.listen(1)
             self.sending = sender.socket()
             self.sending.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CUBIC)
+            self.sending.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, WINDOW_BYTES)
             self.sending.connect(listener.getsockname())
             self.receiving, _ = listener.accept()
         self.received_bytes = 0
@@ -234,6 +247,17 @@ async def measure_changes(
     return result
 
 
+def default_quanta(sender: netns.Namespace, rate_bps: float) -> None:
+    """The same rates with the quanta the kernel takes when it is told none.
+
+    sch_htb: rate / r2q (10), at most 200,000 bytes.
+    """
+    for cls in tree_for(make_policy(WEIGHTS, rate_bps)).leaves:
+        quantum = max(1000, min(200_000, cls.rate_bps // 8 // 10))
+        change = PutClass(replace(cls, quantum_bytes=quantum), new=False)
+        sender.tc(*as_command(change, "eth0").split()[1:])
+
+
 async def one_link(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     with netns.Topology("bhtb") as net:
         sender, receiver = net.namespace("sender"), net.namespace("receiver")
@@ -250,6 +274,10 @@ async def one_link(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
             for pair in PAIRS:
                 say(f"classes {pair} busy")
                 result["two_busy"].append(await measure_shares(pair, shaper, sender, end, options))
+            say("classes (0, 3) busy, the kernel's default quanta for comparison")
+            default_quanta(sender, options.rate_bps)
+            result["default_quanta"] = await measure_shares((0, 3), shaper, sender, end, options)
+            await shaper.verify()
             say(f"{CHANGES_PER_S} changes in place a second")
             result["in_place"] = await measure_changes(shaper, sender, end, options)
         finally:
@@ -266,6 +294,7 @@ async def downlink(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
         rate = f"{options.rate_bps:.0f}bit"
         switch.tc(*["qdisc", "add", "dev", "p0", "root", "handle", "1:", "htb", "default", "1"])
         switch.tc(*f"class add dev p0 parent 1: classid 1:1 htb rate {rate} burst 16k".split())
+        switch.tc(*f"qdisc add dev p0 parent 1:1 bfifo limit {PORT_BUFFER_BYTES}".split())
         with receiver.entered():
             host = ShapingHost(scratch / "ingress.json")
         try:

@@ -92,6 +92,10 @@ def classes(namespace: netns.Namespace, device: str = "eth0") -> dict[str, str]:
     return {line.split()[2]: line for line in text.splitlines()}
 
 
+def devices(namespace: netns.Namespace) -> list[str]:
+    return [line.split()[0] for line in namespace.ip("-br", "link").stdout.splitlines()]
+
+
 def without_counters(namespace: netns.Namespace) -> str:
     text = namespace.tc("-d", "qdisc", "show", "dev", "eth0").stdout
     return re.sub(r"direct_packets_stat \d+", "", text)
@@ -316,8 +320,10 @@ from intentd.agent.tc.shaper import ShapingHost
 from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 async def main():
     host = ShapingHost(pathlib.Path(sys.argv[1]))
-    shaper = host.shaper("eth0")
-    state = await shaper.apply(DomainPolicy("link", 1e9, (ClassPolicy(float("inf"), 1.0),)))
+    shaper = host.shaper("eth0", *sys.argv[2:])
+    only = (ClassPolicy(float("inf"), 1.0, dscp=10),)
+    print("applying", flush=True)
+    state = await shaper.apply(DomainPolicy("link", 1e9, only))
     print(state.state.value, host.guard.pid, state.reason, flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await host.close()
@@ -325,15 +331,27 @@ asyncio.run(main())
 """
 
 
-def agent(node: netns.Namespace, state: Path, *before: str) -> tuple[subprocess.Popen[bytes], str]:
+def agent(
+    node: netns.Namespace, state: Path, *before: str, direction: str = "egress"
+) -> tuple[subprocess.Popen[bytes], str]:
+    """A process that shapes until its stdin ends, and what it said of its state."""
+    process = start_agent(node, state, *before, direction=direction)
+    assert process.stdout is not None
+    return process, process.stdout.readline().decode().strip()
+
+
+def start_agent(
+    node: netns.Namespace, state: Path, *before: str, direction: str = "egress"
+) -> subprocess.Popen[bytes]:
     process = node.popen(
-        [*before, sys.executable, "-c", AGENT, str(state)],
+        [*before, sys.executable, "-c", AGENT, str(state), direction],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(SRC)},
     )
     assert process.stdout is not None
-    return process, process.stdout.readline().decode().strip()
+    assert process.stdout.readline() == b"applying\n"
+    return process
 
 
 def gone(pid: int) -> bool:
@@ -359,6 +377,46 @@ def test_killed_agent_leaves_the_device_as_found(node: netns.Namespace, tmp_path
     assert gone(guard)
     assert root_qdisc(node) == "noqueue 0:"
     assert not (tmp_path / "tc.json").exists()
+
+
+def guards(state: Path) -> list[int]:
+    """Processes, dead-man shells or what they became, that carry this state file's name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(state).encode() in words and b"--state" in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("direction", ["egress", "ingress"])
+def test_killed_at_any_moment_of_applying(
+    node: netns.Namespace, tmp_path: Path, direction: str
+) -> None:
+    if direction == "ingress":
+        if node.ip("link", "add", "probe", "type", "ifb", check=False).returncode:
+            pytest.skip("this kernel has no IFB")
+        node.ip("link", "del", "probe")
+    state = tmp_path / "tc.json"
+    links, qdiscs = devices(node), node.tc("qdisc").stdout
+    for delay_ms in (0, 50, 70, 90, 110, 130, 150, 200):
+        process = start_agent(node, state, direction=direction)
+        select.select([], [], [], delay_ms / 1000)  # not a wait for anything: the moment varies
+        process.kill()
+        process.wait()
+        for pid in guards(state):
+            assert gone(pid)
+        if state.exists():  # recorded, killed before the dead-man was armed: nothing was changed
+            done = node.run(
+                [sys.executable, "-m", "intentd.agent.tc.restore", "--state", str(state)],
+                env={**os.environ, "PYTHONPATH": str(SRC)},
+            )
+            assert done.returncode == 0, done.stderr
+        assert node.tc("qdisc").stdout == qdiscs
+        assert devices(node) == links
 
 
 def test_stopped_agent_restores_and_its_guard_ends(node: netns.Namespace, tmp_path: Path) -> None:
@@ -405,7 +463,7 @@ async def test_next_agent_adopts_what_a_killed_one_left(
     process.wait()
     shaper = host_in(node).shaper("eth0")
     await shaper.apply(policy(0.5, 0.5))
-    assert shaper.status()["changes"] == 3  # two classes and the new one's queue, in place
+    assert shaper.status()["changes"] == 5  # in place: two classes, a queue; two filters go
     record = json.loads((tmp_path / "tc.json").read_text())
     assert record["owner"]["pid"] == os.getpid()
     assert record["devices"][0]["kind"] == "noqueue"
@@ -470,8 +528,9 @@ async def test_works_beside_a_uvloop_policy(
     with node.entered():
         thread = KernelThread()
     try:
-        device = await thread.call(lambda: thread.control.device("eth0"))
-        assert device.kind == "veth"
+        reading = await thread.call(lambda: thread.control.read("eth0"))
+        assert reading.tree.kind == "noqueue"
+        assert reading.device.up
     finally:
         thread.close()
 
@@ -489,7 +548,7 @@ async def test_downlink_is_shaped_behind_an_ifb_and_given_back(
     if receiver.ip("link", "add", "probe", "type", "ifb", check=False).returncode:
         pytest.skip("this kernel has no IFB")
     receiver.ip("link", "del", "probe")
-    links = receiver.ip("-br", "link").stdout
+    links = devices(receiver)
     shaper = host_in(receiver).shaper(device, "ingress")
     state = await shaper.apply(policy(0.7, 0.3, dscps=(10, 12)))
     assert (state.state, state.reason) == (Shaping.SHAPED, "")
@@ -503,7 +562,7 @@ async def test_downlink_is_shaped_behind_an_ifb_and_given_back(
     state = await shaper.apply(policy(0.7, 0.3))
     assert state.state is Shaping.UNSHAPED
     assert "ordered but unshaped: the receiver tells classes by DSCP" in state.reason
-    assert receiver.ip("-br", "link").stdout == links
+    assert devices(receiver) == links
     assert "ingress" not in receiver.tc("qdisc").stdout
     assert not (tmp_path / "tc.json").exists()
 
@@ -516,4 +575,4 @@ async def test_foreign_ingress_is_never_touched(net: netns.Topology, host_in: Op
     state = await shaper.apply(policy(0.7, 0.3, dscps=(10, 12)))
     assert state.state is Shaping.FOREIGN
     assert receiver.tc("qdisc").stdout == before
-    assert "ifb" not in receiver.ip("-br", "link").stdout
+    assert not any(name.startswith("ifb-") for name in devices(receiver))

@@ -28,7 +28,7 @@ Progress = Callable[[int], None]
 class SimResult:
     """fct_s, wait_s: per flow of the trace, completion time and time at the gate.
 
-    degraded: starts by reason. busy_s: how long the link had work.
+    degraded: starts by reason. end_s: when the last flow completed.
     """
 
     fct_s: Array

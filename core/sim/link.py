@@ -9,20 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-from typing import Protocol
 
 from intentd.core.errors import StateError
 from intentd.core.flows.policy import DomainPolicy
 
 _INF = math.inf
-
-
-class Link(Protocol):
-    """What a simulation asks of a link."""
-
-    def start(self, flow: int, class_index: int, size_bytes: float, *, now: float) -> None: ...
-    def next_finish(self) -> float: ...
-    def finish(self) -> tuple[float, int]: ...
 
 
 class FluidLink:

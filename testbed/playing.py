@@ -27,6 +27,7 @@ from intentd.testbed.traffic.trace import TraceFlow, write_trace
 
 READY_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 10.0
+NICE: Final = -15
 _START_AFTER_S: Final = 0.2
 
 Progress = Callable[[str], None]
@@ -92,6 +93,15 @@ def python_env() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
 
 
+def favour(pid: int) -> None:
+    """Let a process of the testbed go before what else runs here; without the right, not.
+
+    Flows finish in fractions of a millisecond: a queue for the processor would be all one measures.
+    """
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, pid, NICE)
+
+
 def module_command(host: Host, module: str, *words: str) -> list[str]:
     return host.command([sys.executable, "-m", module, *words])
 
@@ -110,6 +120,7 @@ async def running(
             env=dict(env) if env is not None else python_env(),
             limit=1 << 24,
         )
+    favour(process.pid)
     try:
         yield process
     finally:

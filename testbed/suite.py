@@ -29,7 +29,7 @@ from intentd.daemons.kit.keys import (
     write_curve_keys,
     write_fin_key,
 )
-from intentd.testbed.playing import Host, PlayError, python_env
+from intentd.testbed.playing import Host, PlayError, favour, python_env
 from intentd.testbed.toml import to_toml
 
 MODULES: Final = {
@@ -258,6 +258,7 @@ class Suite:
                 stderr=log,
                 env=python_env(),
             )
+        favour(member.process.pid)
         await self.ready(member)
 
     async def ready(self, member: Member, timeout_s: float = READY_TIMEOUT_S) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from intentd.core.errors import InputError
-from intentd.core.units import parse_duration_s, parse_rate_bps
+from intentd.core.units import parse_duration_s, parse_rate_bps, parse_size_bytes
 from intentd.daemons.ctl.output import ExitCode, JsonOption, message, print_json, print_table
 
 app = typer.Typer(help="Run experiments on the real kernel and draw their reports.")
@@ -58,6 +58,9 @@ def run(
     rounds: Annotated[
         int, typer.Option(help="Kills, for faults.", min=0, show_default="its own")
     ] = 0,
+    early_fin: Annotated[
+        str, typer.Option("--early-fin", help="Bytes left when a turn is announced, in overall.")
+    ] = "0",
     ipv6: Annotated[bool, typer.Option("--ipv6", help="Flows over IPv6.")] = False,
     loopback: Annotated[
         bool, typer.Option("--loopback", help="Without namespaces, unshaped.")
@@ -91,6 +94,7 @@ def run(
         namespaces=not unshaped,
         ipv6=ipv6,
         rounds=rounds,
+        early_fin_bytes=parse_size_bytes(early_fin, "early_fin"),
     )
     documents: list[dict[str, Any]] = []
     for experiment in runner.names(name):

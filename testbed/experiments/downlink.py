@@ -26,10 +26,9 @@ WORKLOAD: Final = "web-search"
 LOAD: Final = 0.8
 DURATION_S: Final = 20.0
 WEIGHTS: Final = (0.7, 0.3)
-SMALL_BYTES, LARGE_BYTES = 2_000_000, 4_000_000
+# Long flows: between two of them a class has nothing to send for a round trip or two.
+SMALL_BYTES, LARGE_BYTES = 25_000_000, 30_000_000
 WITHIN: Final = 0.05
-# The link the receiver shapes to is a little slower than the wire, or the switch's queue decides.
-SHAPED_SHARE: Final = 0.95
 
 
 def contention(seconds: float, rate_bps: float) -> list[TraceFlow]:
@@ -50,7 +49,6 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
     name = options.workloads[0] if options.workloads else WORKLOAD
     source = scaled_workload(name, options.scale)
     seed = options.first_seed
-    shaped_bps = options.rate_bps * SHAPED_SHARE
     results = Results(
         "downlink",
         "Two senders, one receiver",
@@ -63,7 +61,7 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
     setup = replace(options.setup(), servers=2, downlink=True)
     two = DomainPolicy(
         DOMAIN,
-        shaped_bps,
+        options.rate_bps,
         (
             ClassPolicy((SMALL_BYTES + LARGE_BYTES) / 2, WEIGHTS[0], dscp=3),
             ClassPolicy(math.inf, WEIGHTS[1], dscp=7),
@@ -77,7 +75,7 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
                 "contention",
                 0.99,
                 seed,
-                contention(duration_s / 2, shaped_bps),
+                contention(duration_s / 2, options.rate_bps),
                 two,
                 simulate=False,
             )
@@ -87,13 +85,15 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
         trace = poisson(
             source,
             load=load,
-            rate_bps=shaped_bps,
+            rate_bps=options.rate_bps,
             duration_s=duration_s,
             seed=seed,
             servers=2,
         )
         for label in ("2d", "ps"):
-            policy = policy_for(label, [source], domain=DOMAIN, rate_bps=shaped_bps, load=load)
+            policy = policy_for(
+                label, [source], domain=DOMAIN, rate_bps=options.rate_bps, load=load
+            )
             run = await lab.run(
                 Scenario(label, source.name, load, seed, trace, policy, simulate=False)
             )

@@ -48,7 +48,7 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
             source = scaled_workload(name, options.scale)
             for load in loads:
                 for seed in seeds:
-                    await one_trace(lab, results, source, policies, load, duration_s, seed)
+                    await one_trace(lab, results, source, policies, load, duration_s, seed, options)
     results.series = [
         line
         for name in dict.fromkeys(run.workload for run in results.runs)

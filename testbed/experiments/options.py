@@ -26,7 +26,8 @@ class Options:
     """Empty workloads, policies and loads, and a duration or seeds of 0, mean the experiment's own.
 
     gate: "agent" plays through the host's agent; "local" has the same gate in the client's process.
-    namespaces False: on the loopback, unshaped.
+    namespaces False: on the loopback, unshaped. early_fin_bytes: a turn is announced when so much
+    of its flow is left (0: when it has ended). rounds: kills, for faults.
     """
 
     workloads: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Options:
     namespaces: bool = True
     ipv6: bool = False
     rounds: int = 0
+    early_fin_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -51,6 +53,8 @@ class Options:
             raise InputError("duration", self.duration_s, "seconds, at most a day")
         if not 1e6 <= self.rate_bps <= 1e11:
             raise InputError("rate", self.rate_bps, "1 Mbit to 100 Gbit a second")
+        if not 0 <= self.early_fin_bytes <= 1 << 30:
+            raise InputError("early_fin", self.early_fin_bytes, "bytes, at most 1 GiB")
         for load in self.loads:
             if not 0 < load < 1:
                 raise InputError("load", load, "a share of the link in (0, 1)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -64,7 +65,7 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
         for name in workloads:
             source = scaled_workload(name, options.scale)
             for seed in seeds:
-                await one_trace(lab, results, source, policies, load, duration_s, seed)
+                await one_trace(lab, results, source, policies, load, duration_s, seed, options)
     if options.namespaces:
         results.checks = checks(results)
     return results
@@ -78,12 +79,14 @@ async def one_trace(
     load: float,
     duration_s: float,
     seed: int,
+    options: Options,
 ) -> None:
     """All policies on the same arrivals."""
     rate_bps = lab.setup.rate_bps
     trace = poisson(source, load=load, rate_bps=rate_bps, duration_s=duration_s, seed=seed)
     for name in policies:
         policy = policy_for(name, [source], domain=DOMAIN, rate_bps=rate_bps, load=load)
+        policy = replace(policy, early_fin_bytes=options.early_fin_bytes)
         run = await lab.run(Scenario(name, source.name, load, seed, trace, policy))
         keep(results, run, lab.directory)
 

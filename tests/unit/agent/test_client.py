@@ -406,8 +406,7 @@ def test_a_cancelled_task_leaves_the_queue(local_agent: Any, run: Any) -> None:
     async def main() -> None:
         first = await aflows.open(100)
         waiting = asyncio.create_task(_enter(aflows))
-        while agent.domain.gate.queue_lengths() != [1, 0]:
-            await asyncio.sleep(0.002)
+        await _queued(agent, [1, 0])
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -417,6 +416,12 @@ def test_a_cancelled_task_leaves_the_queue(local_agent: Any, run: Any) -> None:
         aflows.close()
 
     run(main())
+
+
+async def _queued(agent: Any, lengths: list[int]) -> None:
+    async with asyncio.timeout(30):
+        while agent.domain.gate.queue_lengths() != lengths:  # noqa: ASYNC110  another thread's
+            await asyncio.sleep(0.002)
 
 
 async def _enter(aflows: AsyncFlows) -> None:
@@ -446,8 +451,7 @@ def test_async_agent_death_releases_all(local_agent: Any, run: Any) -> None:
     async def main() -> None:
         held = await aflows.open(100)
         waiting = [asyncio.create_task(_degraded(aflows)) for _ in range(3)]
-        while agent.domain.gate.queue_lengths() != [3, 0]:
-            await asyncio.sleep(0.002)
+        await _queued(agent, [3, 0])
         await asyncio.to_thread(agent.stop)
         assert await asyncio.gather(*waiting) == ["closed"] * 3
         await held.close()

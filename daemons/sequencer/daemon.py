@@ -1,0 +1,175 @@
+"""intentd-sequencer: gives out turns (dissertation, section 2.4.4)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import zmq
+
+from intentd.core.errors import ConfigError
+from intentd.core.flows.fin import FinVerifier
+from intentd.core.flows.turn.sequencer import SequencerCore
+from intentd.core.messages import NumberedPolicy, PolicyAck
+from intentd.daemons.kit.config import split_address
+from intentd.daemons.kit.keys import read_allow_list, read_curve_keys, read_fin_key
+from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
+from intentd.daemons.kit.link import MemberLink
+from intentd.daemons.kit.zap import ZapServer, secure_server
+from intentd.daemons.sequencer.config import SequencerConfig
+from intentd.daemons.sequencer.epoch import next_epoch
+from intentd.daemons.sequencer.metrics import SequencerCollector
+from intentd.daemons.sequencer.server import FinSocket, TurnSocket, bind, open_router
+
+_log = logging.getLogger(__name__)
+
+EPOCH_FILE: Final = "sequencer.epoch"
+_TICKS_A_LEASE: Final = 10
+
+
+class SequencerDaemon(Daemon[SequencerConfig]):
+    """One process; its domains' ids live here and nowhere else."""
+
+    role: ClassVar[str] = "sequencer"
+    config_model = SequencerConfig
+
+    def __init__(self, config: SequencerConfig, kit: Kit) -> None:
+        super().__init__(config, kit)
+        self.core: SequencerCore | None = None
+        self.endpoint = ""
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._turns: TurnSocket | None = None
+        self._fins: FinSocket | None = None
+        self._zap: ZapServer | None = None
+        self._link: MemberLink | None = None
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        clock = self.kit.clock
+        epochs = next_epoch(self.config.state_dir / EPOCH_FILE, clock.wall())
+        self.core = SequencerCore(
+            self.config.turns.settings(),
+            epoch=epochs.current,
+            previous=epochs.previous,
+            now=clock.now(),
+        )
+        self._open_fins(self.core)
+        self._open_turns(self.core)
+        self.kit.metrics.registry.register(SequencerCollector(self.status))
+        tasks.create_task(self._tick_for_ever(self.core), name="leases")
+        self._link = MemberLink(
+            self.config,
+            self.kit,
+            on_policy=self._on_policy,
+            collect_report=lambda: {"turns": self.status()},
+            capabilities=lambda: {
+                "turns": self.endpoint,
+                "domains": list(self.config.turns.domains),
+            },
+        )
+        await self._link.start(tasks)
+        _log.info(
+            "serving turns",
+            extra={"endpoint": self.endpoint, "epoch": epochs.current, "before": epochs.previous},
+        )
+
+    async def reload(self, config: SequencerConfig) -> None:
+        """The allow list and the controller; ids and sockets need a restart."""
+        for name in ("turns", "fin"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ConfigError(name, "changed", "a restart to change it")
+        if self._zap is not None:
+            self._zap.allow(read_allow_list(Path(config.turns.allow_file)))
+        if self._link is not None:
+            self._link.reconfigure(config.controller)
+
+    async def stop(self) -> None:
+        if self._link is not None:
+            await self._link.stop()
+        if self._turns is not None:
+            self._turns.stop()
+        if self._fins is not None:
+            self._fins.stop()
+        if self._zap is not None:
+            self._zap.stop()
+        if self._context is not None:
+            context, self._context = self._context, None
+            await asyncio.get_running_loop().run_in_executor(None, context.term)
+
+    def unready(self) -> list[str]:
+        reasons = self._link.unready() if self._link is not None else []
+        if self.core is not None and self.core.recovering:
+            reasons = [*reasons, "collecting what agents hold of the epoch before"]
+        return reasons
+
+    def status(self) -> dict[str, Any]:
+        detail: dict[str, Any] = self.core.status() if self.core is not None else {}
+        fins = self._fins
+        detail["endpoint"] = self.endpoint
+        detail["encrypted"] = bool(self.config.turns.key_file)
+        detail["multipart_frames"] = self._turns.multipart if self._turns else 0
+        detail["fin"] = {
+            "address": "{}:{}".format(*fins.address) if fins else "",
+            "accepted": fins.verifier.accepted if fins else 0,
+            "senders": len(fins.verifier) if fins else 0,
+            "dropped": dict(fins.verifier.dropped) if fins else {},
+        }
+        return detail
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _open_fins(self, core: SequencerCore) -> None:
+        section = self.config.fin
+        if not section.key_file:
+            return
+        verifier = FinVerifier(read_fin_key(Path(section.key_file)))
+        self._fins = FinSocket(
+            split_address(section.bind, "fin.bind"),
+            section.multicast_group,
+            verifier,
+            core,
+            self.kit.clock.now,
+        )
+        self._fins.start()
+
+    def _open_turns(self, core: SequencerCore) -> None:
+        section = self.config.turns
+        self._context = zmq.Context()
+        router = open_router(self._context, max_peers=section.max_members)
+        self._turns = TurnSocket(router, core.receive, self.kit.clock.now)
+        if section.key_file:
+            self._zap = ZapServer(
+                self._context, read_allow_list(Path(section.allow_file)), self.kit.metrics
+            )
+            self._zap.start()
+            secure_server(router, read_curve_keys(Path(section.key_file)))
+        self.endpoint = bind(router, section.bind, "turns.bind")
+        self._turns.start()
+
+    async def _tick_for_ever(self, core: SequencerCore) -> None:
+        clock = self.kit.clock
+        period_s = self.config.turns.lease_s / _TICKS_A_LEASE
+        while True:
+            await clock.sleep(period_s)
+            was = core.counts["expired_members"]
+            recovering = core.recovering
+            core.tick(clock.now())
+            if core.counts["expired_members"] != was:
+                _log.warning(
+                    "leases ran out", extra={"members": core.counts["expired_members"] - was}
+                )
+            if recovering and not core.recovering:
+                _log.info("collected what agents held", extra={"epoch": core.epoch})
+
+    def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:
+        """Policies are for the agents; turns follow from their requests."""
+        return PolicyAck(policy.application, policy.era, policy.number, applied=True)
+
+
+def main() -> int:
+    return run_daemon(SequencerDaemon)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""The units: exposure, syntax, and a daemon that really runs under their restrictions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from intentd.daemons.kit.admin import AdminClient
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parents[2]
+UNITS = sorted((ROOT / "systemd").glob("*.service"))
+CALENDAR_S = 60
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to drop privileges")
+
+
+def tool(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def settings(unit: Path) -> dict[str, str]:
+    lines = [line for line in unit.read_text().splitlines() if "=" in line and line[0] != "#"]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_there_is_a_unit_for_every_daemon() -> None:
+    assert [unit.stem for unit in UNITS] == [
+        "intentd-agent", "intentd-controller", "intentd-sequencer",
+    ]  # fmt: skip
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_exposure_is_at_most_two(unit: Path) -> None:
+    result = tool(
+        "systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", str(unit)
+    )
+    match = re.search(r"exposure level for .*: ([0-9.]+)", result.stdout)
+    assert match, result.stdout + result.stderr
+    assert float(match.group(1)) <= 2.0
+    assert result.returncode == 0
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_the_unit_is_well_formed(unit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / unit.name
+    copy.write_text(unit.read_text().replace("/opt/intentd/bin/", "/bin/true "))
+    result = tool("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(copy))
+    complaints = [line for line in result.stderr.splitlines() if unit.name in line]
+    assert not complaints
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_the_units_say_what_they_must(unit: Path) -> None:
+    role = unit.stem.removeprefix("intentd-")
+    found = settings(unit)
+    assert found["Type"] == "notify"
+    assert found["ExecReload"].endswith(f"intentctl reload {role}")
+    assert found["WatchdogSec"]
+    assert found["CapabilityBoundingSet"] == ("CAP_NET_ADMIN" if role == "agent" else "")
+    assert found["AmbientCapabilities"] == found["CapabilityBoundingSet"]
+    assert ("ExecStopPost" in found) == (role == "agent")
+
+
+@needs_root
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="no systemd-sysusers")
+def test_user_and_directories(tmp_path: Path) -> None:
+    for name, command in (
+        ("sysusers", ["systemd-sysusers"]),
+        ("tmpfiles", ["systemd-tmpfiles", "--create"]),
+    ):
+        folder = tmp_path / "usr" / "lib" / f"{name}.d"
+        folder.mkdir(parents=True)
+        shutil.copy(ROOT / "systemd" / f"intentd.{name}.conf", folder / "intentd.conf")
+        (tmp_path / "etc").mkdir(exist_ok=True)
+        result = tool(*command, f"--root={tmp_path}", f"{folder}/intentd.conf")
+        assert result.returncode == 0, result.stderr
+    assert "intentd:" in (tmp_path / "etc" / "passwd").read_text()
+    assert (tmp_path / "run" / "intentd").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "etc" / "intentd").stat().st_mode & 0o777 == 0o750
+
+
+DROPPED = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs")
+
+
+def another_user_can_read() -> bool:
+    """Whether this Python and this tree lie where an unprivileged user may read them.
+
+    If not (a Python under /root), the daemon stays uid 0, but without any capability.
+    """
+    code = f"import os; os.listdir({sys.base_prefix!r}); open({str(ROOT / 'setup.cfg')!r}).close()"
+    user = ("--reuid=65534", "--regid=65534", "--clear-groups")
+    return tool(*DROPPED, *user, sys.executable, "-c", code).returncode == 0
+
+
+def ready(manager: socket.socket) -> bool:
+    try:
+        return b"READY=1" in manager.recv(4096)
+    except TimeoutError:
+        return False
+
+
+DAEMONS = {
+    "toy": ("agent", [str(Path(__file__).with_name("kit_daemon.py"))]),
+    "controller": ("controller", ["-c", "from intentd.controller.daemon import main; main()"]),
+    "sequencer": (
+        "sequencer", ["-c", "from intentd.daemons.sequencer.daemon import main; main()"],
+    ),
+    "agent": ("agent", ["-c", "from intentd.agent.daemon import main; main()"]),
+}  # fmt: skip
+
+
+@needs_root
+@needs_systemd
+@pytest.mark.parametrize("name", DAEMONS)
+def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -> None:
+    """No capabilities, another user where possible, read-only files, no writable code, seccomp."""
+    role, program = DAEMONS[name]
+    if program[0] == "-c":
+        module = program[1].split()[1]
+        path = ROOT / "src" / Path(*module.split(".")).with_suffix(".py")
+        if not path.exists():
+            pytest.skip(f"{module} is not in this tree")
+    writable = [tmp_path / "state", tmp_path / "run"]
+    another = another_user_can_read()
+    for folder in writable:
+        folder.mkdir()
+        if another:
+            os.chown(folder, 65534, 65534)
+    for parent in (tmp_path, *tmp_path.parents):
+        if str(parent) != "/" and parent.stat().st_mode & 0o011 != 0o011:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    mounts = "".join(f"mount --bind {folder} {folder} && " for folder in writable)
+    mounts += "mount -o remount,bind,ro / && "
+    mounts += "".join(f"mount -o remount,bind,rw {folder} && " for folder in writable)
+    privileges = " ".join(DROPPED)
+    if another:
+        privileges += " --reuid=65534 --regid=65534 --clear-groups"
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    (tmp_path / "notify").chmod(0o777)
+    manager.settimeout(0.2)
+    unit = ROOT / "systemd" / f"intentd-{role}.service"
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "NOTIFY_SOCKET": str(tmp_path / "notify"),
+        "STATE_DIRECTORY": str(writable[0]),
+        "RUNTIME_DIRECTORY": str(writable[1]),
+        f"INTENTD_{role.upper()}__STATUS__BIND": "127.0.0.1:0",
+    }
+    environ |= {
+        "controller": {"INTENTD_CONTROLLER__HUB__BIND": "tcp://127.0.0.1:0"},
+        "sequencer": {},
+        "agent": {"INTENTD_AGENT__FIN__BIND": "127.0.0.1:0"},
+    }[name if name != "toy" else "sequencer"]
+    if role != "controller":
+        environ[f"INTENTD_{role.upper()}__CONTROLLER__ENDPOINT"] = "tcp://127.0.0.1:9"
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            ["unshare", "--mount", "--propagation=private", "sh", "-c",
+             f'{mounts}exec {privileges} "$@"', "sh",
+             sys.executable, str(Path(__file__).with_name("sandbox.py")), str(unit),
+             sys.executable, *program],
+            env=environ, stderr=stderr,
+        )  # fmt: skip
+    try:
+        while not ready(manager):
+            assert process.poll() is None, log.read_text()
+        status = AdminClient(writable[1] / f"{role}.admin.sock").call("status")
+        assert status["role"] == role
+        kernel = Path(f"/proc/{process.pid}/status").read_text()
+        assert re.search(r"^CapEff:\s+0+$", kernel, re.M)
+        assert re.search(r"^NoNewPrivs:\s+1$", kernel, re.M)
+        assert re.search(r"^Seccomp:\s+2$", kernel, re.M)
+        process.terminate()
+        assert process.wait(CALENDAR_S) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        manager.close()
+    assert "sandbox: no_new_privs" in log.read_text()

@@ -12,8 +12,9 @@ from intentd.agent.tc.shaper import ShapingHost
 from intentd.testbed import netns
 
 pytestmark = [pytest.mark.real, pytest.mark.netns]
-# The benchmark's bars are 2, 3 and 5 % in five seconds; these runs are short, the machine shared.
-OPTIONS = argparse.Namespace(rate_bps=5e8, seconds=1.5, warmup=1.0, connections=2)
+# The benchmark's bars are 2, 3 and 5 % in five seconds at 1 Gb/s. These runs are short and the
+# machine is shared: at a fifth of the rate the queues outlast a sender that waits for a processor.
+OPTIONS = argparse.Namespace(rate_bps=2e8, seconds=1.5, warmup=1.0, connections=2)
 TOLERANCE = 0.08
 
 

@@ -96,8 +96,9 @@ class Flow:
 
     def _receive(self) -> None:
         buffer = bytearray(len(CHUNK))
-        while count := self.receiving.recv_into(buffer):
-            self.received_bytes += count
+        with contextlib.suppress(OSError):
+            while count := self.receiving.recv_into(buffer):
+                self.received_bytes += count
 
     def retransmits(self) -> int:
         info = self.sending.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)

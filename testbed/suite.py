@@ -96,8 +96,7 @@ class Suite:
         self._root = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="itb-"))
         try:
             await asyncio.to_thread(self._configure)
-            for member in self.members:
-                await self.start(member)
+            await self._start_all()
         except BaseException:
             await self._close()
             raise
@@ -247,8 +246,19 @@ class Suite:
 
     # -- processes --------------------------------------------------------------------------------
 
+    async def _start_all(self) -> None:
+        """All at once; members find the controller when it is there."""
+        for member in self.members:
+            await self._spawn(member)
+        for member in self.members:
+            await self.ready(member)
+
     async def start(self, member: Member) -> None:
         """Start and wait until it says that it is ready. Raises PlayError."""
+        await self._spawn(member)
+        await self.ready(member)
+
+    async def _spawn(self, member: Member) -> None:
         command = [sys.executable, "-m", MODULES[member.role], "--config", str(member.config)]
         with member.log.open("ab") as log:
             member.process = await asyncio.create_subprocess_exec(
@@ -259,7 +269,6 @@ class Suite:
                 env=python_env(),
             )
         favour(member.process.pid)
-        await self.ready(member)
 
     async def ready(self, member: Member, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Raises PlayError if it is not ready in time or has ended."""

@@ -78,6 +78,8 @@ class ShapingHost:
         self.state = StateFile(state_path)
         self.guard = Guard(state_path)
         self.thread = KernelThread(control)
+        # (device, direction) -> the one shaper that holds it, from its first policy on
+        self.claims: dict[tuple[str, str], Shaper] = {}
 
     def shaper(self, device: str, direction: str = "egress", **options: Any) -> Shaper:
         """A shaper of this host; options as Shaper's."""
@@ -201,6 +203,10 @@ class Shaper:
             return self._become(
                 Shaping.UNSHAPED, f"the receiver tells classes by DSCP, and {error}"
             )
+        if self.host.claims.setdefault((self.device, self.direction), self) is not self:
+            return self._become(
+                Shaping.FAILED, f"another domain shapes the {self.direction} of {self.device}"
+            )
         previous, self._tree, self._policy_name = self._tree, tree, policy.name
         began = time.monotonic()
         made = await self.host.thread.call(lambda: self._enforce(tree, previous))
@@ -223,6 +229,10 @@ class Shaper:
         """Give this device back; the shaper then waits for the next policy."""
         self._tree = self._reading = None
         reason = "given back"
+        key = (self.device, self.direction)
+        if self.host.claims.get(key) is not self:
+            return self._become(Shaping.UNSHAPED, "nothing to give back")
+        del self.host.claims[key]
         try:
             for outcome in await self.host.thread.call(self._restore_own):
                 if outcome.outcome == "failed":

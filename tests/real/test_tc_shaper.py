@@ -214,6 +214,45 @@ async def test_drift_is_repaired_and_a_missing_device_comes_back(
     assert root_qdisc(node) == "htb 2d17:"
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        ("link add dev0 type ifb", "pfifo_fast"),
+        ("tuntap add dev dev0 mode tap multi_queue", "mq"),
+    ],
+)
+async def test_kernel_defaults_of_real_devices_come_back(
+    node: netns.Namespace, host_in: Opener, make: str, kind: str
+) -> None:
+    if node.ip(*make.split(), check=False).returncode:
+        pytest.skip(f"this kernel refuses: ip {make}")
+    node.ip("link", "set", "dev0", "up")
+    before = root_qdisc(node, "dev0")
+    if not before.startswith(kind):
+        pytest.skip(f"the default qdisc here is {before}, not {kind}")
+    shaper = host_in(node).shaper("dev0")
+    assert (await shaper.apply(policy(0.5, 0.5))).state is Shaping.SHAPED
+    assert root_qdisc(node, "dev0") == "htb 2d17:"
+    state = await shaper.restore()
+    assert state.reason == "ordered but unshaped: given back (restored)"
+    assert root_qdisc(node, "dev0") == before
+
+
+async def test_one_device_serves_one_domain(node: netns.Namespace, host_in: Opener) -> None:
+    host = host_in(node)
+    first, second = host.shaper("eth0"), host.shaper("eth0")
+    await first.apply(policy(0.5, 0.5))
+    state = await second.apply(policy(1.0))
+    assert (state.state, state.reason) == (
+        Shaping.FAILED,
+        "another domain shapes the egress of eth0",
+    )
+    await second.restore()
+    assert len(classes(node)) == 4
+    await first.restore()
+    assert (await second.apply(policy(1.0))).state is Shaping.SHAPED
+
+
 @pytest.mark.parametrize("kind", ["htb", "tbf rate 10mbit burst 16k latency 50ms", "pfifo"])
 async def test_foreign_qdisc_is_never_touched(
     node: netns.Namespace, host_in: Opener, tmp_path: Path, kind: str

@@ -57,7 +57,7 @@ def cpu_s(pid: int) -> float:
 
 
 def timed_load(pid: int, *arguments: Any) -> dict[str, Any]:
-    """A round, with the processor time the server took for a request: it holds on a busy machine."""
+    """A round, and the server's processor time a request, which holds on a busy machine too."""
     before = cpu_s(pid)
     result = load(*arguments)
     result["cpu_us"] = (cpu_s(pid) - before) / result["requests"] * 1e6

@@ -50,6 +50,15 @@ def new(
 
 
 @app.command()
+def fin(
+    path: Annotated[Path, typer.Argument(help="File to write, mode 0600; never overwritten.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make the shared key of FIN datagrams; the same as new --kind fin."""
+    new(path, Kind.FIN, as_json)
+
+
+@app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A key file, or its .pub.")],
     as_json: JsonOption = False,

@@ -12,6 +12,7 @@ import typer
 from intentd.core.units import format_duration
 from intentd.daemons.ctl.output import ExitCode, JsonOption, message, print_json, print_table
 from intentd.daemons.ctl.reach import admin_sockets
+from intentd.daemons.ctl.reach import run_dir as usual_run_dir
 from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
 
 app = typer.Typer(add_completion=False)
@@ -26,7 +27,7 @@ def gather(run_dir: Path | None = None, timeout_s: float = 5.0) -> dict[str, Any
     """``{"daemons": {role: status}, "unreachable": {role: why}, "members": [...]}``."""
     daemons: dict[str, Any] = {}
     unreachable: dict[str, str] = {}
-    for role, path in admin_sockets(run_dir).items():
+    for role, path in admin_sockets(run_dir or usual_run_dir()).items():
         try:
             daemons[role] = AdminClient(path, timeout_s).call("status")
         except (AdminUnreachableError, AdminRefusedError) as error:

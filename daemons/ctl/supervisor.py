@@ -18,6 +18,7 @@ from intentd.core.errors import IntentdError
 from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
 from intentd.daemons.kit.config import admin_path
 from intentd.daemons.kit.files import write_atomically
+from intentd.daemons.kit.keys import new_fin_key, write_fin_key
 from intentd.daemons.kit.lifecycle import EXIT_USAGE, prepare_directory
 
 BACKOFF_MIN_S: Final = 0.5
@@ -51,9 +52,16 @@ class Layout:
     def log(self) -> Path:
         return self.state_dir / "up.log"
 
+    @property
+    def fin_key(self) -> Path:
+        return self.state_dir / "fin.key"
+
     def prepare(self) -> None:
+        """Make the directories, and the key of this suite's FIN datagrams."""
         prepare_directory(self.run_dir, 0o755)
         prepare_directory(self.state_dir, 0o700)
+        if not self.fin_key.exists():
+            write_fin_key(self.fin_key, new_fin_key())
 
     def config_of(self, role: str) -> Path | None:
         path = self.config_dir / f"{role}.toml" if self.config_dir is not None else None
@@ -66,7 +74,7 @@ class Layout:
             "STATE_DIR": str(self.state_dir / role),
             "RUN_DIR": str(self.run_dir),
             "STATUS__BIND": f"127.0.0.1:{base + _STATUS_OFFSET[role]}",
-            **_endpoints(role, base),
+            **_endpoints(role, base, self.fin_key),
         }
         if self.config_of(role) is not None:  # the operator's file says the rest
             own = {name: own[name] for name in ("STATE_DIR", "RUN_DIR")}
@@ -76,16 +84,18 @@ class Layout:
 _STATUS_OFFSET: Final = {"controller": 1, "sequencer": 11, "agent": 21}
 
 
-def _endpoints(role: str, base: int) -> dict[str, str]:
+def _endpoints(role: str, base: int, fin_key: Path) -> dict[str, str]:
     """How the three find each other on the loopback."""
     hub, turns = f"tcp://127.0.0.1:{base}", f"tcp://127.0.0.1:{base + 10}"
     if role == "controller":
         return {"HUB__BIND": hub}
-    own = {"CONTROLLER__ENDPOINT": hub}
-    if role == "agent":
-        domain = f'{{name = "default", default = true, sequencer = {{endpoint = "{turns}"}}}}'
-        own |= {"FIN__BIND": f"127.0.0.1:{base + 30}", "DOMAINS": f"[{domain}]"}
-    return own
+    own = {"CONTROLLER__ENDPOINT": hub, "FIN__KEY_FILE": str(fin_key)}
+    hears = f"127.0.0.1:{base + 12}"
+    if role == "sequencer":
+        return own | {"TURNS__BIND": turns, "FIN__BIND": hears}
+    order = f'{{endpoint = "{turns}", fin_addresses = ["{hears}"]}}'
+    domain = f'{{name = "default", default = true, sequencer = {order}}}'
+    return own | {"FIN__BIND": f"127.0.0.1:{base + 30}", "DOMAINS": f"[{domain}]"}
 
 
 def identify(pid: int) -> Child:
@@ -256,13 +266,12 @@ class Supervisor:
                 continue
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            copying = asyncio.ensure_future(self._copy_log(role, process))
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._copy_log(role, process)
                     await process.wait()
             except TimeoutError:
                 self._say(role, "did not stop: killed")
                 process.kill()
                 await process.wait()
-            copying.cancel()
         self.layout.record.unlink(missing_ok=True)

@@ -119,6 +119,7 @@ async def _keep(layout: Layout, *, as_json: bool, announce: bool, job: Any = Non
                 await stop.wait()
             finally:
                 running.cancel()
+                await asyncio.wait({running})
                 await supervisor.stop()
     except* IntentdError as group:
         errors += group.exceptions

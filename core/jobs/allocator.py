@@ -215,6 +215,7 @@ class Outcome:
     preemptions: Array
     grant: Array
     summary: Array  # last time, decisions, integral of active jobs over time, still active
+    reviews_s: Array  # (reviews, jobs): predicted finish of the jobs active at a review
     complete: bool
 
 
@@ -228,6 +229,7 @@ def numbers_of(
     artifact: bool = False,
     seed: int = 0,
     target: int = -1,
+    review_every: int = 0,
 ) -> Array:
     """The scalars of a run, in the order of kernel/module.c."""
     return np.array(
@@ -248,6 +250,7 @@ def numbers_of(
             seed,
             target,
             width,
+            review_every,
         ],
         dtype=np.float64,
     )
@@ -267,13 +270,15 @@ def run(
     artifact: bool = False,
     seed: int = 0,
     target: int = -1,
+    review_every: int = 0,
     backend: str = "",
 ) -> Outcome:
     """Decides once (DECIDE) or plays to the end (PLAY); the raw door to the kernel.
 
     progress: the first len(progress) jobs are active at now_s, the others arrive at submit_s.
     failures: (m, 2) rising times and changes of capacity. predict: jobs whose finish is predicted
-    at their arrival. target: stop when this job ends. Raises InputError for what it refuses.
+    at their arrival. review_every: after every so many arrivals the finish of all active jobs is
+    predicted anew. target: stop when this job ends. Raises InputError for what it refuses.
     """
     n, active = len(jobs), 0 if progress is None else len(progress.remaining_gpu_s)
     state = {name: np.zeros(n) for name in ("left", "grant", "stall", "since", "seen", "count")}
@@ -289,6 +294,7 @@ def run(
         state["count"][:active] = progress.decisions
     answers = [np.full(n, np.nan) for _ in range(4)] + [np.zeros(n) for _ in range(3)]
     summary = np.zeros(4)
+    reviews = np.full((n // review_every if review_every else 0, n), np.nan)
     arrays = (
         *(jobs.submit_s, jobs.work_gpu_s, jobs.estimate, jobs.smallest, jobs.largest, jobs.table),
         *(jobs.speeds, jobs.efficiency),
@@ -299,6 +305,7 @@ def run(
         np.zeros(n, dtype=np.uint8) if predict is None else predict,
         *answers,
         summary,
+        reviews.reshape(-1),
     )
     numbers = numbers_of(
         policy,
@@ -309,12 +316,14 @@ def run(
         artifact=artifact,
         seed=seed,
         target=target,
+        review_every=review_every,
     )
     chosen = backend_named(backend) if backend else _backend()
     code = chosen(mode, numbers, arrays)
     finish, start, fair, predicted, resizes, preemptions, grant = answers
     return Outcome(
-        finish, start, fair, predicted, resizes, preemptions, grant, summary, complete=code == 0
+        *(finish, start, fair, predicted, resizes, preemptions, grant, summary, reviews),
+        complete=code == 0,
     )
 
 

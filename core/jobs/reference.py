@@ -23,9 +23,9 @@ class Engine:
     def __init__(self, numbers: Any, arrays: tuple[Any, ...]) -> None:
         (kind, integral, artifact, self.zeta, self.delta, self.lease_s, self.start_s,
          self.resize_s, self.preempt_s, self.min_runtime_s, self.checkpoint_s, self.capacity,
-         self.now, seed, target, _) = numbers.tolist()  # fmt: skip
+         self.now, seed, target, _, every) = numbers.tolist()  # fmt: skip
         self.kind, self.integral, self.artifact = int(kind), bool(integral), bool(artifact)
-        self.seed, self.target = int(seed), int(target)
+        self.seed, self.target, self.every = int(seed), int(target), int(every)
         (self.submit, self.work, self.estimate, self.gmin, self.gmax, table, speeds, eff,
          thresholds, weights) = arrays[:10]  # fmt: skip
         self.table: list[int] = table.tolist()
@@ -423,7 +423,10 @@ class Engine:
             self.lease_at = self.now + self.lease_s
             self.decide()
             if kind == 4 and self.predict[self.next - 1]:
-                self.arrays[23][self.next - 1] = self.play_out(self.next - 1)
+                self.arrays[23][self.next - 1] = self.play_out(self.next - 1)[0]
+            if kind == 4 and self.every > 0 and self.next % self.every == 0:
+                row = (self.next // self.every - 1) * self.n
+                self.arrays[28][row : row + self.n] = self.play_out(-1)[1]
         return 0
 
     def arrive(self) -> None:
@@ -433,7 +436,8 @@ class Engine:
         self.events0[j], self.area0[j] = 1 - self.events, self.area
         self.active.append(j)
 
-    def play_out(self, target: int) -> float:
+    def play_out(self, target: int) -> tuple[float, Any]:
+        """When the target ends if nothing else arrives, and when each job does."""
         copy = object.__new__(Engine)
         copy.__dict__.update(self.__dict__)
         for name, value in self.__dict__.items():
@@ -446,8 +450,9 @@ class Engine:
         copy.exact, copy.target, copy.next, copy.failures = True, target, self.n, []
         if self.artifact:
             copy.lease_at = math.inf
-        copy.arrays = self.arrays[:20] + tuple(np.zeros(self.n) for _ in range(7))
-        return copy.now if copy.play() == 0 else math.inf
+        copy.arrays = self.arrays[:20] + tuple(np.full(self.n, np.nan) for _ in range(7))
+        done = copy.play() == 0
+        return (copy.now if done else math.inf), copy.arrays[20]
 
 
 def _water(capacity: float, pairs: list[tuple[float, float]]) -> list[float]:

@@ -41,7 +41,9 @@ class Options:
     predictions: share of the jobs whose finish is predicted at arrival (1 all, 0 none), chosen by
     seed. error_percent: sizes are known within +- this, uniformly, by seed (figure 3.10).
     artifact: as the authors' simulator computes: contention averaged over events and a linear
-    fair share, leases that a prediction starts without. backend: "" is the best one there is.
+    fair share, leases that a prediction starts without. review_every: predict all active jobs
+    anew after every so many arrivals (what a live predictor sees anyway).
+    backend: "" is the best one there is.
     """
 
     predictions: float = 1.0
@@ -50,6 +52,7 @@ class Options:
     artifact: bool = False
     costs: Costs = FREE
     failures: tuple[Failure, ...] = ()
+    review_every: int = 0
     backend: str = ""
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ def simulate(
         predict=chosen,
         artifact=options.artifact,
         seed=options.seed,
+        review_every=options.review_every,
         backend=options.backend,
         now_s=min(0.0, float(jobs.submit_s[0])),
     )

@@ -19,6 +19,7 @@ from intentd.daemons.ctl.flows import (
     chosen_workload,
     refuse,
 )
+from intentd.daemons.ctl.sim_jobs import jobs_command
 
 if TYPE_CHECKING:
     from intentd.core.sim.faults import FaultRun, Faults
@@ -30,6 +31,8 @@ app = typer.Typer(help="Simulations that drive the daemons' own code.", no_args_
 def _group() -> None:
     """Keeps the commands of the group named, even while there is only one."""
 
+
+app.command("jobs")(jobs_command)
 
 ALL_POLICIES = "2d,2d-boost,htb,ps,fifo,srpt,np-sjf,baraat,aalo,pias,lps"
 CLASS_SAMPLES = 100_000

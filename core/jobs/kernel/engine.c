@@ -359,6 +359,11 @@ int engine_run(Engine *e, Engine *mirror, const uint8_t *predict, double *predic
         engine_decide(e);
         if (arrived >= 0 && predict && predict[arrived])
             predicted[arrived] = engine_play_out(e, mirror, arrived);
+        if (arrived >= 0 && e->review_every > 0 && (arrived + 1) % e->review_every == 0) {
+            mirror->finish = e->reviews + (size_t)((arrived + 1) / e->review_every - 1) * jobs->n;
+            engine_play_out(e, mirror, -1);
+            mirror->finish = NULL;
+        }
     }
     return 0;
 }

@@ -19,6 +19,8 @@ typedef struct { /* everything one run changes; one block of memory, see engine_
     uint64_t seed;
     double *finish, *start, *fair, *resizes, *preemptions; /* answers, may be NULL in a play-out */
     long decisions;
+    int review_every; /* every so many arrivals, the finish of all active jobs is predicted anew */
+    double *reviews;  /* (n / review_every, n) */
 } Engine;
 
 size_t engine_bytes(int n, int classes);

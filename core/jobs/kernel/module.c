@@ -11,16 +11,20 @@ enum {
     SUBMIT, WORK, ESTIMATE, GMIN, GMAX, TABLE, SPEED, EFFICIENCY, THRESHOLD, WEIGHT,
     IS_ACTIVE, REMAINING, GRANT, STALL, SINCE, CONTENTION, EVENTS, STARTED_BEFORE, FAILURE, PREDICT,
     OUT_FINISH, OUT_START, OUT_FAIR, OUT_PREDICTED, OUT_RESIZES, OUT_PREEMPTIONS, OUT_GRANTS, OUT_SUMMARY,
-    ARRAYS
+    OUT_REVIEWS, ARRAYS
 };
-/* length of each: n jobs, t tables x width, c classes, anything (failures), 4 (summary) */
-static const char LENGTH[] = "nnnnnnttccnnnnnnnnxnnnnnnnns";
-static const char ITEM[] = "8888448888188888818188888888"
-                           /* bytes an item */;
+/* length of each: n jobs, t tables x width, c classes, x pairs, s 4, r rows of n */
+static const char LENGTH[] = "nnnnnnttccnnnnnnnnxnnnnnnnnsr";
+static const char ITEM[] = "88884488881888888181888888888"; /* bytes an item */
 enum {
     KIND, INTEGRAL, ARTIFACT, ZETA, DELTA, LEASE, START_COST, RESIZE_COST, PREEMPT_COST, MIN_RUNTIME,
-    CHECKPOINT, CAPACITY, NOW, SEED, TARGET, WIDTH, NUMBERS
+    CHECKPOINT, CAPACITY, NOW, SEED, TARGET, WIDTH, REVIEW_EVERY, NUMBERS
 };
+
+static Py_ssize_t review_items(Py_ssize_t n, double every)
+{
+    return every >= 1 ? n / (Py_ssize_t)every * n : 0;
+}
 
 static const char *check(const Jobs *jobs, const Policy *policy, const Py_ssize_t *lengths)
 {
@@ -105,6 +109,7 @@ static int drive(int mode, const Policy *policy, const Jobs *jobs, void **a, con
     const uint8_t *predict = a[PREDICT];
     for (int j = 0; j < jobs->n; j++)
         wants |= predict[j];
+    wants |= numbers[REVIEW_EVERY] >= 1;
     size_t bytes = engine_bytes(jobs->n, classes);
     char *block = malloc(bytes), *second = wants ? malloc(bytes) : NULL;
     if (!block || (wants && !second)) {
@@ -128,6 +133,8 @@ static int drive(int mode, const Policy *policy, const Jobs *jobs, void **a, con
     engine.fair = a[OUT_FAIR];
     engine.resizes = a[OUT_RESIZES];
     engine.preemptions = a[OUT_PREEMPTIONS];
+    engine.review_every = (int)numbers[REVIEW_EVERY];
+    engine.reviews = a[OUT_REVIEWS];
     load(&engine, a);
     if (mode == 0 || engine.view.active > 0)
         engine_decide(&engine);
@@ -184,6 +191,7 @@ static PyObject *run(PyObject *module, PyObject *args)
                                   : LENGTH[i] == 't' ? lengths[SPEED]
                                   : LENGTH[i] == 'c' ? lengths[THRESHOLD]
                                   : LENGTH[i] == 's' ? 4
+                                  : LENGTH[i] == 'r' ? review_items(lengths[SUBMIT], x[REVIEW_EVERY])
                                                      : lengths[i] / 2 * 2;
             if (lengths[i] != expected || views[i].len % (ITEM[i] - '0'))
                 wrong = "arrays: one has the wrong length";

@@ -1,0 +1,290 @@
+"""The preference solver (dissertation, section 3.3.3): Pareto-optimal WFQ configurations.
+
+An evolutionary algorithm of pymoo proposes points by ask and tell; a pool evaluates them on
+resampled training histories; the front is taken from everything ever evaluated, not from the last
+population; then it is measured on a test history the search never saw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.algorithms.moo.spea2 import SPEA2
+from pymoo.core.evaluator import Evaluator as PymooEvaluator
+from pymoo.core.population import Population
+from pymoo.core.problem import Problem
+from pymoo.core.termination import NoTermination
+from pymoo.operators.crossover.sbx import SBX
+from pymoo.operators.mutation.pm import PM
+from pymoo.problems.static import StaticProblem
+
+from intentd.controller.search.pool import Pool, open_pool
+from intentd.core.errors import InputError
+from intentd.core.jobs.allocator import JobTable
+from intentd.core.jobs.metrics import Objective
+from intentd.core.jobs.policy import FREE, Costs, JobsPolicy, from_plain, to_plain
+from intentd.core.jobs.search_space import (
+    DirectSpace,
+    Evaluator,
+    Space,
+    make_space,
+    nondominated,
+)
+
+Array = NDArray[np.float64]
+ALGORITHMS: Final = ("spea2", "nsga2")
+POPULATION: Final = 70  # and 105 offspring: the artifact's setting
+OFFSPRING: Final = 105
+FAR: Final = 1e12  # stands for infinity inside the library, which divides by ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When to stop: after so many evaluations or seconds, whichever is first."""
+
+    evaluations: int = 1000
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.evaluations <= 10_000_000:
+            raise InputError("evaluations", self.evaluations, "1 to 10000000 evaluations")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError("seconds", self.seconds, "a number of seconds > 0")
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """One Pareto-optimal configuration: its policy, its point, its objectives on both sides."""
+
+    policy: JobsPolicy
+    x: tuple[float, ...]
+    train: dict[str, float]
+    test: dict[str, float]
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "config": to_plain(self.policy),
+            "x": list(self.x),
+            "train": self.train,
+            "test": self.test,
+        }
+
+
+@dataclass(slots=True)
+class Search:
+    """What a search found and all it takes to run it again."""
+
+    front: list[FrontPoint]
+    evaluations: int
+    wall_s: float
+    settings: dict[str, Any]
+    cancelled: bool = False
+    values: Array = field(default_factory=lambda: np.zeros((0, 2)))  # everything evaluated
+    points: Array = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "front": [point.to_plain() for point in self.front],
+            "evaluations": self.evaluations,
+            "wall_s": self.wall_s,
+            "cancelled": self.cancelled,
+            "settings": self.settings,
+        }
+
+
+# done, total, objectives of the best so far -> go on?
+Progress = Callable[[int, int, Array], bool]
+
+
+class PreferenceSolver:
+    """The interface of section 3.3.2: SetPreference, UpdateParetoFront, SetWFQConfig.
+
+    gpus: the cluster. train, test: histories; the objectives are averaged over the training ones.
+    """
+
+    def __init__(
+        self,
+        gpus: float,
+        train: Sequence[JobTable],
+        test: Sequence[JobTable] = (),
+        *,
+        costs: Costs = FREE,
+        integral: bool = True,
+        predictions: float = 1.0,
+    ) -> None:
+        if not train:
+            raise InputError("history", 0, "at least one training history")
+        self.gpus, self.train, self.test = gpus, tuple(train), tuple(test)
+        self.costs, self.integral, self.predictions = costs, integral, predictions
+        self.objectives: tuple[Objective, ...] = (Objective("jct"), Objective("prederr"))
+        self.config: JobsPolicy | None = None
+        self.front: list[FrontPoint] = []
+
+    def set_preference(self, objectives: Sequence[Objective]) -> None:
+        """SetPreference: two or more (metric, measure) pairs."""
+        if len(objectives) < 2:
+            raise InputError("objectives", len(objectives), "two or more")
+        self.objectives = tuple(objectives)
+
+    def set_wfq_config(self, config: JobsPolicy) -> None:
+        """SetWFQConfig: the operator's choice."""
+        self.config = config
+
+    def update_pareto_front(
+        self,
+        *,
+        algorithm: str = "spea2",
+        space: str = "direct",
+        budget: Budget | None = None,
+        seed: int = 1,
+        workers: int | None = None,
+        ray: str | None = None,
+        warm: Sequence[JobsPolicy] = (),
+        progress: Progress | None = None,
+    ) -> Search:
+        """UpdateParetoFront: searches, keeps the front, returns it with its story.
+
+        warm: configurations to start from, such as the last front. progress: called after each
+        batch; returning False cancels, and what was found so far is returned.
+        """
+        if algorithm not in ALGORITHMS:
+            raise InputError("algorithm", algorithm, f"one of {', '.join(ALGORITHMS)}")
+        begin = time.perf_counter()
+        budget = budget or Budget()
+        sizes = np.concatenate([history.sizes_gpu_s for history in self.train])
+        chosen = make_space(space, sizes, integral=self.integral)
+        evaluate = Evaluator(self.train, self.gpus, self.objectives, self.costs, self.predictions)
+        pool = open_pool(evaluate, chosen, workers=workers, ray=ray)
+        try:
+            points, values, cancelled = _evolve(
+                _algorithm(algorithm, seed), chosen, len(self.objectives), pool, budget,
+                starts=_starts(chosen, warm), seed=seed, progress=progress, begin=begin,
+            )  # fmt: skip
+        finally:
+            pool.close()
+        self.front = self._measured(chosen, points, values)
+        settings = {
+            "algorithm": algorithm,
+            "space": space,
+            "objectives": [objective.name for objective in self.objectives],
+            "gpus": self.gpus,
+            "evaluations": budget.evaluations,
+            "seconds": budget.seconds,
+            "seed": seed,
+            "workers": workers,
+            "ray": ray,
+            "warm": [to_plain(policy) for policy in warm],
+            "population": POPULATION,
+            "offspring": OFFSPRING,
+            "integral": self.integral,
+            "predictions": self.predictions,
+            "train": [len(history) for history in self.train],
+            "test": [len(history) for history in self.test],
+        }
+        wall_s = time.perf_counter() - begin
+        return Search(self.front, len(values), wall_s, settings, cancelled, values, points)
+
+    def _measured(self, space: Space, points: Array, values: Array) -> list[FrontPoint]:
+        names = [objective.name for objective in self.objectives]
+        held_out = Evaluator(self.test, self.gpus, self.objectives, self.costs, self.predictions)
+        front = []
+        for index in nondominated(values).tolist():
+            policy = space.policy(points[index])
+            seen = dict(zip(names, values[index].tolist(), strict=True))
+            test = held_out(policy) if self.test else ()
+            front.append(
+                FrontPoint(
+                    policy,
+                    tuple(points[index].tolist()),
+                    seen,
+                    dict(zip(names, test, strict=True)) if test else {},
+                )
+            )
+        return front
+
+
+def _algorithm(name: str, seed: int) -> Any:
+    operators = {
+        "crossover": SBX(prob=1.0, eta=20),
+        "mutation": PM(eta=20),
+        "n_offsprings": OFFSPRING,
+        "pop_size": POPULATION,
+    }
+    return SPEA2(**operators) if name == "spea2" else NSGA2(**operators)
+
+
+def _starts(space: Space, warm: Sequence[JobsPolicy]) -> list[Array]:
+    """Points of the first population that are not random: warm configurations, then extremes."""
+    starts: list[Array] = []
+    for policy in warm:
+        if isinstance(space, DirectSpace) and policy.name == "wfq":
+            starts.append(space.point(policy))
+        elif {"T", "W"} <= set(policy.origin) and not isinstance(policy.origin["W"], dict):
+            x = np.array([policy.origin["T"], policy.origin["W"], policy.zeta, policy.delta])
+            starts.append(np.clip(x, space.lower, space.upper))
+    return [*starts, *space.seeds()][:POPULATION]
+
+
+def _evolve(
+    algorithm: Any,
+    space: Space,
+    objectives: int,
+    pool: Pool,
+    budget: Budget,
+    *,
+    starts: list[Array],
+    seed: int,
+    progress: Progress | None,
+    begin: float,
+) -> tuple[Array, Array, bool]:
+    """Every evaluated point with its values, and whether the search was cancelled."""
+    problem = Problem(n_var=len(space.lower), n_obj=objectives, xl=space.lower, xu=space.upper)
+    rng = np.random.default_rng(seed)
+    count = min(POPULATION, budget.evaluations)
+    random = rng.uniform(space.lower, space.upper, (max(0, count - len(starts)), len(space.lower)))
+    first = np.array([*starts[:count], *random])
+    algorithm.initialization.sampling = Population.new("X", first)
+    algorithm.setup(problem, termination=NoTermination(), seed=seed, verbose=False)
+    points: list[Array] = []
+    values: list[Array] = []
+    cancelled = False
+    while len(values) < budget.evaluations:
+        if budget.seconds is not None and time.perf_counter() - begin > budget.seconds:
+            break
+        asked = algorithm.ask()
+        proposed = np.asarray(asked.get("X"), dtype=np.float64)
+        room = budget.evaluations - len(values)
+        results = pool.map(list(proposed[:room]))
+        points.extend(proposed[:room])
+        values.extend(results)
+        known = np.nan_to_num(np.array(results), posinf=FAR, nan=FAR)
+        if len(known) < len(proposed):  # the last, cut batch: the algorithm need not learn of it
+            break
+        PymooEvaluator().eval(StaticProblem(problem, F=known), asked)
+        algorithm.tell(infills=asked)
+        if progress is not None and not progress(len(values), budget.evaluations, np.array(values)):
+            cancelled = True
+            break
+    return np.array(points), np.array(values), cancelled
+
+
+def read_front(plain: object, where: str = "front") -> list[FrontPoint]:
+    """The front of a search document (untrusted). Raises InputError."""
+    rows = plain.get("front") if isinstance(plain, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(where, type(plain).__name__, 'a search result with a list "front"')
+    front = []
+    for index, row in enumerate(rows):
+        at = f"{where}[{index}]"
+        if not isinstance(row, dict) or not isinstance(row.get("train"), dict):
+            raise InputError(at, row, "a point with config, train and test")
+        policy = from_plain(row.get("config"), f"{at}.config")
+        x = tuple(float(value) for value in row.get("x", ()))
+        front.append(FrontPoint(policy, x, dict(row["train"]), dict(row.get("test") or {})))
+    return front

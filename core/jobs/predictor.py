@@ -1,0 +1,443 @@
+"""When a job will be done: P50 from the play-out, P90 calibrated online, and what-if.
+
+The play-out (section 3.4) knows the present but not the future arrivals, so it errs towards too
+early, by how much depends on policy, load and the job's size. The calibrator learns that from the
+predictions it made: not only from jobs that ended, but from how far the unfinished ones have
+slipped since, which is known at once. A job predicted to take p seconds that now is believed to
+take J and has lived a seconds slips at s = (J - p) / a; if that goes on it takes p / (1 - s). The
+bound is a local quantile of those factors (near in size, length and time) times a correction per
+size class that moves after every hit and miss (adaptive conformal inference, Gibbs and Candes
+2021), so that the share of jobs that keep their bound tends to the target whatever the workload
+does. Coverage is counted and stated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from intentd.core.errors import InputError, StateError
+from intentd.core.jobs.allocator import JobTable, Outcome
+from intentd.core.sim.jobs import Snapshot
+
+Array = NDArray[np.float64]
+CLASSES: Final = 5
+HELD: Final = 8192  # predictions kept for learning, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How fast the calibrator learns. Found by random search on the four traces (docs/jobs.md).
+
+    window: predictions after which evidence has lost 63 % of its weight. near_size, near_length:
+    e-foldings in size and predicted length after which it has. start: log factor before any
+    evidence. level: quantile of the local factors that is corrected. slip_max: no slip above this
+    is extrapolated. settled: share of its life after which a job's slip counts as a result.
+    least_life: share of its life before which its slip says nothing. step: of a class's
+    correction per result, in units of the class's spread. pace: of the pooled miss rate's control.
+    """
+
+    target: float = 0.9
+    window: float = 300.0
+    near_size: float = 0.7
+    near_length: float = 1.4
+    start: float = 0.05
+    level: float = 0.65
+    slip_max: float = 0.33
+    settled: float = 0.45
+    least_life: float = 0.1
+    life_power: float = 0.5
+    step: float = 0.45
+    pace: float = 0.005
+    spread: float = 0.1
+    most_misses: float = 0.35
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """A prediction's interval, in seconds from the moment it was made."""
+
+    plain_s: float
+    p50_s: float
+    p90_s: float
+    size_class: int
+    coverage_percent: float  # of this class so far; NaN before the first result
+
+
+class Calibrator:
+    """Online P50 and P90 from plain predictions and what became of them.
+
+    Call ``issue`` at a submission, ``review`` whenever the unfinished were played out anew,
+    ``finished`` at an end. Memory is bounded: beyond twice HELD predictions the oldest are
+    forgotten, whether they ended or not.
+    """
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning or Tuning()
+        rows = 2 * HELD
+        self._submit, self._plain, self._believed = (np.zeros(rows) for _ in range(3))
+        self._bound, self._size, self._length = (np.zeros(rows) for _ in range(3))
+        self._base, self._median = np.ones(rows), np.ones(rows)
+        self._done = np.zeros(rows, dtype=bool)
+        self._counted = np.zeros(rows, dtype=bool)
+        self._class = np.zeros(rows, dtype=np.int64)
+        self._keys: list[Hashable] = []
+        self._row: dict[Hashable, int] = {}
+        self._correction = np.full(CLASSES, self.tuning.start)
+        self._spread = np.full(CLASSES, self.tuning.spread)
+        self._misses = 1 - self.tuning.target
+        self._kept = np.zeros(CLASSES, dtype=np.int64)
+        self._results = np.zeros(CLASSES, dtype=np.int64)
+        self._plain_errors: list[float] = []
+        self._median_errors: list[float] = []
+
+    def issue(self, key: Hashable, now_s: float, finish_s: float, size: float) -> Bounds:
+        """Bounds of a new job whose play-out ends at finish_s. A key is used once."""
+        if key in self._row:
+            raise StateError(f"prediction of {key!r}: already issued")
+        if not (math.isfinite(finish_s) and finish_s >= now_s and size > 0):
+            raise InputError("prediction", finish_s, "a finite finish after now, and a size > 0")
+        if len(self._keys) == 2 * HELD:
+            self._forget()
+        row = len(self._keys)
+        plain = max(finish_s - now_s, 1e-9)
+        factor, median, size_class = self._factors(now_s, plain, size)
+        self._keys.append(key)
+        self._row[key] = row
+        self._submit[row], self._plain[row] = now_s, plain
+        self._believed[row] = plain
+        self._size[row], self._length[row] = math.log(size), math.log(plain)
+        self._class[row], self._base[row], self._median[row] = size_class, factor, median
+        self._done[row] = self._counted[row] = False
+        bounds = self._bounds(plain, factor, median, size_class)
+        self._bound[row] = bounds.p90_s
+        return bounds
+
+    def again(self, now_s: float, finish_s: float, size: float) -> Bounds:
+        """Bounds for what is left of a job already predicted; not counted in the coverage."""
+        plain = max(finish_s - now_s, 1e-9)
+        return self._bounds(plain, *self._factors(now_s, plain, size))
+
+    def review(self, now_s: float, finishes: Mapping[Hashable, float]) -> None:
+        """What the unfinished jobs' play-outs say now (absolute seconds)."""
+        rows, ends = [], []
+        for key, finish_s in finishes.items():
+            row = self._row.get(key)
+            if row is not None and not self._done[row] and math.isfinite(finish_s):
+                rows.append(row)
+                ends.append(finish_s)
+        self._reviewed(now_s, np.array(rows, dtype=np.int64), np.array(ends))
+
+    def finished(self, key: Hashable, at_s: float) -> None:
+        """The job ended."""
+        row = self._row.get(key)
+        if row is None or self._done[row]:
+            return
+        self._done[row] = True
+        took = at_s - self._submit[row]
+        self._believed[row] = took
+        if not self._counted[row]:
+            self._result(row, took > self._bound[row] * (1 + 1e-6), took / self._plain[row])
+        plain = self._plain[row]
+        for errors, guess in (
+            (self._plain_errors, plain),
+            (self._median_errors, plain * self._median[row]),
+        ):
+            errors.append(abs(took - guess) / guess)
+            del errors[:-400]
+
+    def coverage(self) -> list[dict[str, float]]:
+        """Per size class, smallest first: results so far and the share that kept its bound."""
+        return [
+            {
+                "results": int(count),
+                "kept_percent": 100.0 * float(kept) / count if count else math.nan,
+            }
+            for kept, count in zip(self._kept.tolist(), self._results.tolist(), strict=True)
+        ]
+
+    def _bounds(self, plain: float, factor: float, median: float, size_class: int) -> Bounds:
+        reach = max(1.0, factor * math.exp(float(self._correction[size_class])))
+        middle = plain * (median if self._median_helps() else 1.0)
+        count = int(self._results[size_class])
+        coverage = 100.0 * int(self._kept[size_class]) / count if count else math.nan
+        return Bounds(plain, middle, max(plain * reach, middle), size_class, coverage)
+
+    def _median_helps(self) -> bool:
+        """The corrected median replaces the play-out only where it was clearly nearer lately."""
+        if len(self._plain_errors) < 50:
+            return False
+        return float(np.median(self._median_errors)) < 0.9 * float(np.median(self._plain_errors))
+
+    def _factors(self, now_s: float, plain: float, size: float) -> tuple[float, float, int]:
+        """Local quantile and median of final over predicted length, and the size class."""
+        tuning, count = self.tuning, len(self._keys)
+        log_size = math.log(size)
+        recent = self._size[max(0, count - 2000) : count]
+        size_class = CLASSES // 2
+        if count > 20:
+            size_class = min(CLASSES - 1, int(CLASSES * np.mean(recent < log_size)))
+        if count == 0:
+            return 1.0, 1.0, size_class
+        part = slice(max(0, count - int(4 * tuning.window)), count)
+        believed, plain_then = self._believed[part], self._plain[part]
+        lived = np.where(
+            self._done[part], believed, np.minimum(now_s - self._submit[part], believed)
+        )
+        lived = np.maximum(lived, 1e-9)
+        share = lived / np.maximum(believed, 1e-9)
+        slip = (believed - plain_then) / lived
+        distance = (
+            np.abs(self._size[part] - log_size) / tuning.near_size
+            + np.abs(self._length[part] - math.log(plain)) / tuning.near_length
+            + np.arange(len(believed), 0, -1) / tuning.window
+        )
+        weight = np.exp(-distance) * share**tuning.life_power * (share > tuning.least_life)
+        if weight.sum() <= 1e-12:
+            return 1.0, 1.0, size_class
+        slip = np.append(slip, 0.0)
+        weight = np.append(weight, 0.05)  # a little belief in the play-out itself
+        order = np.argsort(slip)
+        total = np.cumsum(weight[order])
+        at = np.searchsorted(total, np.array([tuning.level, 0.5]) * total[-1])
+        level, middle = np.minimum(slip[order][np.minimum(at, len(slip) - 1)], tuning.slip_max)
+        return 1 / (1 - float(level)), 1 / (1 - float(middle)), size_class
+
+    def _reviewed(self, now_s: float, rows: NDArray[np.int64], ends_s: Array) -> None:
+        submitted = self._submit[rows]
+        believed = np.maximum(ends_s - submitted, now_s - submitted)
+        self._believed[rows] = believed
+        lived = np.maximum(np.minimum(now_s - submitted, believed), 1e-9)
+        slip = np.minimum((believed - self._plain[rows]) / lived, self.tuning.slip_max)
+        final = np.maximum(1 / (1 - slip), believed / self._plain[rows])
+        bound = self._bound[rows] * (1 + 1e-6)
+        over = believed > bound
+        settled = over | (lived / believed > self.tuning.settled)
+        for at in np.nonzero(settled & ~self._counted[rows])[0].tolist():
+            row = int(rows[at])
+            missed = bool(over[at]) or bool(final[at] * self._plain[row] > bound[at])
+            self._result(row, missed, float(final[at]))
+
+    def _result(self, row: int, missed: bool, ratio: float) -> None:
+        tuning, size_class = self.tuning, int(self._class[row])
+        self._counted[row] = True
+        self._results[size_class] += 1
+        self._kept[size_class] += not missed
+        off = abs(math.log(max(ratio, 1e-3) / self._base[row]))
+        self._spread[size_class] += 0.03 * (off - self._spread[size_class])
+        unit = max(float(self._spread[size_class]), 0.005)
+        move = tuning.step * unit * (missed - self._misses)
+        moved = float(self._correction[size_class]) + move
+        self._correction[size_class] = min(max(moved, -1.0), 2.0)
+        pooled = self._misses + tuning.pace * ((1 - tuning.target) - missed)
+        self._misses = min(max(pooled, 0.02), tuning.most_misses)
+
+    def _forget(self) -> None:
+        for key in self._keys[:HELD]:
+            del self._row[key]
+        self._keys = self._keys[HELD:]
+        for column in (
+            *(self._submit, self._plain, self._believed, self._bound, self._size, self._length),
+            *(self._base, self._median, self._done, self._counted, self._class),
+        ):
+            column[:HELD] = column[HELD:]
+        self._row = {key: row for row, key in enumerate(self._keys)}
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a user is told, absolute seconds; cause: why it was (re-)issued."""
+
+    job: Hashable
+    at_s: float
+    p50_s: float
+    p90_s: float
+    size_class: int
+    coverage_percent: float
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """A job that was not submitted: its prediction, and what it would do to the others.
+
+    delays_s: job -> how much later (or earlier, negative) its play-out ends.
+    """
+
+    prediction: Prediction
+    delays_s: dict[Hashable, float]
+
+
+@dataclass(slots=True)
+class Predictor:
+    """The daemon's predictor: play-out, calibration, and re-issue when something changed.
+
+    tolerance: a prediction is re-issued when its P50 moved by more than this share of what is
+    left, or by more than a minute where that is more.
+    """
+
+    calibrator: Calibrator = field(default_factory=Calibrator)
+    tolerance: float = 0.02
+    issued: dict[Hashable, Prediction] = field(default_factory=dict)
+
+    def submit(self, snapshot: Snapshot, keys: Sequence[Hashable]) -> Prediction:
+        """The prediction of the job that just arrived: the last of the snapshot."""
+        finish = self._finishes(snapshot, keys)
+        job, at = keys[-1], len(keys) - 1
+        size = float(snapshot.jobs.sizes_gpu_s[at])
+        self.calibrator.review(snapshot.now_s, dict(zip(keys[:-1], finish[:-1], strict=True)))
+        bounds = self.calibrator.issue(job, snapshot.now_s, float(finish[at]), size)
+        prediction = _absolute(job, snapshot.now_s, bounds, "submitted")
+        self.issued[job] = prediction
+        return prediction
+
+    def refresh(self, snapshot: Snapshot, keys: Sequence[Hashable], cause: str) -> list[Prediction]:
+        """Re-issues what changed, with the cause ("node n3 lost", "policy 1.7 applied", ...)."""
+        finish = self._finishes(snapshot, keys)
+        now = snapshot.now_s
+        self.calibrator.review(now, dict(zip(keys, finish, strict=True)))
+        sizes = snapshot.jobs.sizes_gpu_s
+        changed = []
+        for at, job in enumerate(keys):
+            bounds = self.calibrator.again(now, float(finish[at]), float(sizes[at]))
+            fresh = _absolute(job, now, bounds, cause)
+            known = self.issued.get(job)
+            slack = max(60.0, self.tolerance * max(fresh.p50_s - now, 0.0))
+            if known is None or abs(fresh.p50_s - known.p50_s) > slack:
+                self.issued[job] = fresh
+                changed.append(fresh)
+        return changed
+
+    def finished(self, job: Hashable, at_s: float) -> None:
+        """The job ended, or was cancelled."""
+        self.issued.pop(job, None)
+        self.calibrator.finished(job, at_s)
+
+    def what_if(self, snapshot: Snapshot, keys: Sequence[Hashable], candidate: JobTable) -> WhatIf:
+        """Plays the cluster out with and without one more job; nothing is recorded.
+
+        candidate: one job, its speeds among the snapshot's tables (see allocator.table_of).
+        """
+        if len(candidate) != 1:
+            raise InputError("candidate", len(candidate), "one job")
+        after = snapshot.with_job(candidate).play_out()
+        before = snapshot.play_out() if len(keys) else np.zeros(0)
+        delays = dict(zip(keys, (after[:-1] - before).tolist(), strict=True))
+        size = float(candidate.sizes_gpu_s[0])
+        bounds = self.calibrator.again(snapshot.now_s, float(after[-1]), size)
+        return WhatIf(_absolute("", snapshot.now_s, bounds, "what if"), delays)
+
+    @staticmethod
+    def _finishes(snapshot: Snapshot, keys: Sequence[Hashable]) -> Array:
+        if len(keys) != len(snapshot.jobs) or not keys:
+            raise InputError("keys", len(keys), f"one key a job of the snapshot, {len(keys)}")
+        return snapshot.play_out()
+
+
+def _absolute(job: Hashable, now_s: float, bounds: Bounds, cause: str) -> Prediction:
+    return Prediction(
+        job,
+        now_s,
+        now_s + bounds.p50_s,
+        now_s + bounds.p90_s,
+        bounds.size_class,
+        bounds.coverage_percent,
+        cause,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Bounds an online calibrator gave the jobs of a finished run, absolute seconds.
+
+    Every job counts: kept says whether it ended within its bound.
+    """
+
+    median_s: Array
+    upper_s: Array
+    kept: NDArray[np.bool_]
+    size_class: NDArray[np.int64]
+    submit_s: Array
+    finish_s: Array
+    predicted_s: Array
+
+    @property
+    def coverage_percent(self) -> float:
+        return float(100.0 * self.kept.mean()) if len(self.kept) else math.nan
+
+    @property
+    def thirds_percent(self) -> list[float]:
+        """Coverage of the first, second and last third of the arrivals."""
+        return [float(100.0 * part.mean()) for part in np.array_split(self.kept, 3)]
+
+    @property
+    def widths(self) -> Array:
+        """P90 over P50, as lengths."""
+        return np.asarray((self.upper_s - self.submit_s) / (self.median_s - self.submit_s))
+
+    @property
+    def median_width(self) -> float:
+        return float(np.median(self.widths)) if len(self.kept) else math.nan
+
+    @property
+    def interval_score(self) -> float:
+        """Mean one-sided interval score relative to the plain length: width above it, plus ten
+        times what a job overran its bound (Gneiting and Raftery 2007, for a 90 % bound)."""
+        plain = self.predicted_s - self.submit_s
+        over = np.maximum(self.finish_s - self.upper_s, 0.0)
+        return float(np.mean((self.upper_s - self.predicted_s + 10.0 * over) / plain))
+
+    def median_errors(self) -> tuple[float, float]:
+        """Median absolute error in percent of P50 and of the plain prediction."""
+        took = self.finish_s - self.submit_s
+        return tuple(  # type: ignore[return-value]  # a pair
+            float(np.median(100 * np.abs(took - guess) / guess))
+            for guess in (self.median_s - self.submit_s, self.predicted_s - self.submit_s)
+        )
+
+
+def replay(jobs: JobTable, outcome: Outcome, tuning: Tuning | None = None) -> Replay:
+    """Runs a calibrator over a finished simulation as it would have run online.
+
+    It learns of ends when they happen and of slips at the simulation's reviews
+    (Options.review_every), nothing earlier. Jobs that were not predicted are left out.
+    """
+    chosen = np.nonzero(np.isfinite(outcome.predicted_s))[0]
+    submit, finish = jobs.submit_s[chosen], outcome.finish_s[chosen]
+    predicted, sizes = outcome.predicted_s[chosen], jobs.sizes_gpu_s[chosen]
+    calibrator = Calibrator(tuning)
+    ends = chosen[np.argsort(finish, kind="stable")]
+    every = len(jobs) // len(outcome.reviews_s) if len(outcome.reviews_s) else 0
+    next_end = reviewed = 0
+    given: list[Bounds] = []
+    for at, job in enumerate(chosen.tolist()):
+        now = float(submit[at])
+        while next_end < len(ends) and outcome.finish_s[ends[next_end]] <= now:
+            ended = int(ends[next_end])
+            calibrator.finished(ended, float(outcome.finish_s[ended]))
+            next_end += 1
+        while reviewed < len(outcome.reviews_s) and (reviewed + 1) * every <= job:
+            row = outcome.reviews_s[reviewed]
+            _review(calibrator, row, float(jobs.submit_s[(reviewed + 1) * every - 1]))
+            reviewed += 1
+        given.append(calibrator.issue(job, now, float(predicted[at]), float(sizes[at])))
+    upper = submit + np.array([bounds.p90_s for bounds in given])
+    return Replay(
+        submit + np.array([bounds.p50_s for bounds in given]),
+        upper,
+        finish <= upper + 1e-6 * (predicted - submit),
+        np.array([bounds.size_class for bounds in given], dtype=np.int64),
+        submit,
+        finish,
+        predicted,
+    )
+
+
+def _review(calibrator: Calibrator, row: Array, now_s: float) -> None:
+    active: Iterable[int] = np.nonzero(np.isfinite(row))[0].tolist()
+    calibrator.review(now_s, {job: float(row[job]) for job in active})

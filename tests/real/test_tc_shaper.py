@@ -9,6 +9,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from intentd.agent.marking import mark
 from intentd.agent.tc import plan
 from intentd.agent.tc.netlink import KernelThread, TrafficControl
 from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
@@ -171,6 +173,38 @@ async def test_dscp_filters_for_both_families_follow_the_policy(
     with pytest.raises(PolicyError, match=r"classes\[1\].dscp"):
         await shaper.apply(policy(0.5, 0.5, dscps=(10, 10)))
     assert shaper.state.state is Shaping.SHAPED
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
+async def test_packets_land_in_the_class_of_their_mark(
+    node: netns.Namespace, net: netns.Topology, host_in: Opener, family: socket.AddressFamily
+) -> None:
+    shaper = host_in(node).shaper("eth0")
+    await shaper.apply(policy(0.5, 0.5, dscps=(46, 10)))
+    peer = "10.77.1.2" if family == socket.AF_INET else "fd77:1::2"
+
+    async def sent(priority: int, dscp: int) -> dict[int, int]:
+        before = {c.minor: c.sent_packets for c in await shaper.counters()}
+        with node.socket(family, socket.SOCK_DGRAM) as sock:
+            mark(sock, priority=priority, dscp=dscp)
+            for _ in range(50):
+                sock.sendto(b"x", (peer, 9))
+        after = {c.minor: c.sent_packets for c in await shaper.counters()}
+        return {minor: after[minor] - before[minor] for minor in (0x10, 0x11)}
+
+    with (
+        net.namespaces["peer"].socket(family, socket.SOCK_DGRAM) as hearing,
+        node.socket(family, socket.SOCK_DGRAM) as asking,
+    ):
+        hearing.bind((peer, 0))
+        hearing.settimeout(20)
+        asking.sendto(b"x", (peer, hearing.getsockname()[1]))
+        hearing.recv(1)  # the neighbour is known from here on
+    assert await sent(0, 46) == {0x10: 50, 0x11: 0}
+    assert await sent(0, 10) == {0x10: 0, 0x11: 50}
+    assert await sent(0, 0) == {0x10: 0, 0x11: 0}
+    # the socket's priority beats a filter that matches
+    assert await sent(shaper.priority_of(1), 46) == {0x10: 0, 0x11: 50}
 
 
 async def test_drift_is_repaired_and_a_missing_device_comes_back(

@@ -21,7 +21,6 @@ from intentd.daemons.kit.config import (
     Duration,
     Rate,
     Section,
-    is_loopback,
     split_address,
 )
 
@@ -73,7 +72,8 @@ class FinSection(Section):
     )
     key_file: str = Field(
         default="",
-        description="Shared key of the datagrams' MAC (intentctl keys fin). Needed to hear them.",
+        description="Shared key of the datagrams' MAC (intentctl keys fin). Empty: none are sent "
+        "or heard, and agents learn whose turn it is by asking the sequencer.",
     )
     interface: str = Field(
         default="", description="Local address multicast goes out by. Empty: the system's choice."
@@ -222,12 +222,6 @@ class AgentConfig(DaemonConfig):
                     expected = f"a network of one domain (it is in {networks[network]})"
                     raise ConfigError(f"{at}.peers[{number}]", peer, expected)
                 networks[network] = domain.name
-            if domain.sequencer.endpoint and not self.fin.key_file:
-                host, _ = split_address(self.fin.bind, "fin.bind")
-                if not is_loopback(host):
-                    raise ConfigError(
-                        "fin.key_file", "", f"a key file: {at} hears finished ids on {host}"
-                    )
         if sum(domain.default for domain in self.domains) > 1:
             raise ConfigError("domains[*].default", "two", "at most one default domain")
         return self

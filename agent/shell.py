@@ -604,19 +604,10 @@ class GateShell:
             if record.mark == (priority, dscp):
                 flags |= wire.GRANT_MARKED
         if record.application is not None:
+            reason = wire.REASON_CODES.get(release.degraded, wire.REASON_CODES["policy"])
             record.application.send(
-                wire.encode_grant(
-                    wire.Grant(
-                        record.request,
-                        record.flow,
-                        index,
-                        dscp,
-                        release.degraded if release.degraded in wire.REASON_CODES else "policy",
-                        flags,
-                        priority,
-                        early,
-                        rate,
-                    )
+                wire.pack_grant(
+                    record.request, record.flow, index, dscp, reason, flags, priority, early, rate
                 )
             )
 

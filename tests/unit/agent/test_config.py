@@ -51,10 +51,6 @@ def test_a_starting_policy_takes_the_domains_name_and_rate(tmp_path: Path) -> No
             "domains[0].sequencer.endpoint: got 'nowhere'",
         ),
         (
-            '[[domains]]\nname = "a"\nsequencer = {endpoint = "tcp://h:1"}\n',
-            "fin.key_file: got '', expected a key file",
-        ),
-        (
             '[[domains]]\nname = "a"\nsequencer = {fin_addresses = ["here:1"]}\n',
             "domains[0].sequencer.fin_addresses[0]: got 'here:1', expected an IP address and port",
         ),

@@ -14,7 +14,7 @@ from intentd.core.errors import PolicyError
 from intentd.core.flows.classes import class_gammas, sorted_sample
 from intentd.core.flows.learning import BOOTSTRAP, Estimate, Learner
 from intentd.core.flows.policies import CLASSED, POLICIES, make_domain_policy
-from intentd.core.flows.policy import MAX_CLASSES, DomainPolicy
+from intentd.core.flows.policy import MAX_CLASSES, UNLIMITED, DomainPolicy
 
 LEAST_LOAD: Final = 0.05
 ASSUMED_LOAD: Final = 0.8  # for comparison policies that need a load, until one is measured
@@ -100,6 +100,9 @@ def assemble(
 ) -> DomainPolicy:
     """The policy of a domain now. load: offered share of the link, None when not known yet.
 
+    Until something was learned there is one class, and it has no gate: the link shares as it would
+    without us. One FIFO class would put small flows behind the large ones of a workload nobody
+    knows yet (data mining: median 6e5 times worse).
     gamma of the boost is kept from in_force while it moved less than GAMMA_MOVED. Without a known
     load classes are served in arrival order.
     """
@@ -123,7 +126,8 @@ def assemble(
             rate_bps=settings.rate_bps,
         )
         gammas = _settled_gammas(gammas, thresholds, in_force)
-    return _classed(settings, thresholds, weights, gammas)
+    learned = bool(learner.in_force.flows or settings.thresholds_bytes)
+    return _classed(settings, thresholds, weights, gammas, gated=learned)
 
 
 def estimate_of(policy: DomainPolicy, flows: int) -> Estimate:
@@ -171,12 +175,12 @@ def _comparison(
 ) -> DomainPolicy:
     """A policy without learned classes, made once from the sizes seen and then left alone.
 
-    Those that need sizes stand as plain FIFO until there are enough.
+    Those that need sizes stand as processor sharing until there are enough.
     """
     if in_force is not None and in_force.name == settings.family:
         return replace(in_force, **_common(settings))
     enough = learner.flows >= learner.settings.min_flows
-    family = settings.family if enough or settings.family in SIZELESS else "fifo"
+    family = settings.family if enough or settings.family in SIZELESS else "ps"
     policy = make_domain_policy(
         family,
         domain=settings.domain,
@@ -205,6 +209,7 @@ def _classed(
     weights: tuple[float, ...],
     gammas: tuple[float | None, ...] | None = None,
     family: str = "",
+    gated: bool = True,
 ) -> DomainPolicy:
     policy = make_domain_policy(
         family or settings.family,
@@ -217,7 +222,7 @@ def _classed(
     )
     classes = policy.classes
     if settings.family != "htb":
-        levels = settings.mpl
+        levels = settings.mpl if gated else (UNLIMITED,)
         classes = tuple(
             replace(cls, mpl=levels[min(index, len(levels) - 1)])
             for index, cls in enumerate(classes)

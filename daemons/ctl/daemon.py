@@ -48,6 +48,20 @@ def daemon_class(role: str) -> Any:
     raise IntentdError(f"{DAEMONS[role]}: no daemon in this module")
 
 
+def config_model(role: str) -> Any:
+    """The configuration model of a role, or of "common"."""
+    from intentd.daemons.kit.config import DaemonConfig
+
+    return DaemonConfig if role == "common" else daemon_class(role).config_model
+
+
+def settings_table(role: str) -> str:
+    """A role's own settings in Markdown; those that all daemons share are role "common"."""
+    from intentd.daemons.kit.config import DaemonConfig, markdown_table
+
+    return markdown_table(config_model(role), None if role == "common" else DaemonConfig)
+
+
 @app.command("check-config")
 def check_config(
     role: RoleArgument,
@@ -86,19 +100,24 @@ def config(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="The table of docs/operations.md.")
     ] = False,
+    update: Annotated[
+        Path | None, typer.Option(help="Replace the role's table in this Markdown document.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List a role's settings: path, type, default, description."""
-    from intentd.daemons.kit.config import describe, markdown_table
+    """List a role's settings: path, type, default, description. Role common: what all share."""
+    from intentd.daemons.kit.config import describe, with_settings
 
     if running:
         print_json(admin_client(role).call("config"))
         return
-    model = daemon_class(role).config_model
-    if markdown:
-        print(markdown_table(model), end="")
+    if update is not None:
+        update.write_text(with_settings(update.read_text(), role, settings_table(role)))
         return
-    rows = list(describe(model))
+    if markdown:
+        print(settings_table(role), end="")
+        return
+    rows = list(describe(config_model(role)))
     if as_json:
         print_json(
             [

@@ -503,10 +503,25 @@ def toml_value(value: Any) -> str:
     return json.dumps(str(value))
 
 
-def markdown_table(model: type[BaseModel]) -> str:
-    """The settings of a model as the table of docs/operations.md."""
+def markdown_table(model: type[BaseModel], without: type[BaseModel] | None = None) -> str:
+    """The settings of a model, less those of another, as a table of docs/operations.md."""
+    known = {row.path for row in describe(without)} if without is not None else set()
     lines = ["| setting | type | default | what it does |", "|---|---|---|---|"]
     for row in describe(model):
-        text = row.description.replace("|", "\\|")
-        lines.append(f"| `{row.path}` | {row.kind} | `{row.default}` | {text} |")
+        if row.path not in known:
+            text = row.description.replace("|", "\\|")
+            lines.append(f"| `{row.path}` | {row.kind} | `{row.default}` | {text} |")
     return "\n".join(lines) + "\n"
+
+
+def with_settings(document: str, role: str, table: str) -> str:
+    """A Markdown document with the table between its two markers of a role replaced.
+
+    Raises ConfigError when the markers are not there.
+    """
+    start, end = f"<!-- settings: {role} -->\n", f"<!-- end of settings: {role} -->"
+    before, found, rest = document.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ConfigError("document", f"no {start.strip()}", f"the lines {start.strip()} and {end}")
+    return before + start + "\n" + table + "\n" + end + after

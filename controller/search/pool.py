@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
@@ -43,6 +44,7 @@ class LocalPool:
 
 def _start(evaluate: Evaluator, space: Space) -> None:
     global _task  # noqa: PLW0603  # a worker serves one search: its task is its state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to answer
     _task = evaluate, space
 
 

@@ -241,21 +241,29 @@ def pollux_speeds(text: str) -> list[float]:
     """Speeds at 0..n replicas from a Pollux scalability CSV: num_replicas x local_bsz / step_time.
 
     Only placements that are packed (fewest nodes measured for the number of replicas); numbers of
-    replicas in between are interpolated.
+    replicas in between are interpolated. Against one replica: where none was measured, its step
+    is a measured one without the time spent synchronising.
     """
     best: dict[int, tuple[int, float]] = {}
-    needed = ("num_nodes", "num_replicas", "local_bsz", "step_time")
-    for at, row in _rows(text, "scalability", needed, ("sync_time",)):
-        replicas = _integer(row["num_replicas"], f"scalability[{at}].num_replicas", 1)
-        nodes = _integer(row["num_nodes"], f"scalability[{at}].num_nodes", 1)
-        batch = _positive(row["local_bsz"], f"scalability[{at}].local_bsz")
-        step = _positive(row["step_time"], f"scalability[{at}].step_time")
+    alone = 0.0
+    needed = ("num_nodes", "num_replicas", "local_bsz", "step_time", "sync_time")
+    for at, row in _rows(text, "scalability", needed, ()):
+        where = f"scalability[{at}]"
+        replicas = _integer(row["num_replicas"], f"{where}.num_replicas", 1)
+        nodes = _integer(row["num_nodes"], f"{where}.num_nodes", 1)
+        batch = _positive(row["local_bsz"], f"{where}.local_bsz")
+        step = _positive(row["step_time"], f"{where}.step_time")
+        sync = _number(row["sync_time"], f"{where}.sync_time")
+        if not 0 <= sync < step:
+            raise InputError(f"{where}.sync_time", sync, f"0 to below step_time ({step:g})")
+        alone = max(alone, batch / (step - sync))
         rate = replicas * batch / step
         known = best.get(replicas)
         if known is None or nodes < known[0] or (nodes == known[0] and rate > known[1]):
             best[replicas] = (nodes, rate)
-    if 1 not in best:
-        raise InputError("scalability", sorted(best), "a measurement on one replica")
+    if not best:
+        raise InputError("scalability", "", "at least one row")
+    best.setdefault(1, (1, alone))
     at_gpus = np.array(sorted(best), dtype=np.float64)
     rates = np.array([best[int(gpus)][1] for gpus in at_gpus]) / best[1][1]
     filled = np.interp(np.arange(1, int(at_gpus[-1]) + 1), at_gpus, rates)

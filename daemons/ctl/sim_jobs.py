@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from intentd.core.jobs.traces import Scaling
 
 MAX_FILE_BYTES = 512 * 2**20
+REVIEWS = 200  # times in a run that all active jobs are predicted anew, as a daemon would
 
 TraceOption = Annotated[
     Path | None,
@@ -226,9 +227,8 @@ def jobs_command(
     as_json: JsonOption = False,
 ) -> None:
     """JCT, prediction error and unfairness of one policy; errors and unfairness in percent."""
-    from intentd.core.jobs.predictor import replay
-
     from intentd.core.jobs.policy import Costs
+    from intentd.core.jobs.predictor import replay
     from intentd.core.sim.jobs import Options, simulate
 
     table = chosen_jobs(
@@ -251,6 +251,7 @@ def jobs_command(
         seed=seed,
         artifact=artifact,
         costs=costs,
+        review_every=0 if no_predict else max(1, len(table) // REVIEWS),
     )
     begin = time.perf_counter()
     result = simulate(table, chosen, gpus, options)

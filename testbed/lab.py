@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from intentd.core.flows.policy import DomainPolicy, domain_to_plain
 from intentd.testbed import netns, shaping
-from intentd.testbed.metrics import busy_while_waiting, completion_metrics, floor_s
+from intentd.testbed.metrics import busy_while_waiting, completion_metrics, floor_s, handover_s
 from intentd.testbed.playing import Host, Played, PlayPlan, Progress, play
 from intentd.testbed.replay import replay, write_completions
 from intentd.testbed.results import Run
@@ -249,6 +249,8 @@ class Lab:
         self._busy(run, played)
         if policy is not None:
             run.thresholds = [_number(cls.threshold_bytes) for cls in policy.classes]
+            if all(cls.mpl == 1 for cls in policy.classes):
+                run.handover = completion_metrics(handover_s(records))
             run.weights = [cls.weight for cls in policy.classes]
             if scenario.simulate and self.shaped:
                 self.progress(f"{scenario.label} {scenario.workload}: simulator, same trace")

@@ -97,6 +97,24 @@ def _total(classes: Sequence[tuple[int, int, int, int]]) -> int:
     return sum(sent for _, parent, sent, _ in classes if parent == _TC_ROOT)
 
 
+def handover_s(records: Sequence[FlowRecord]) -> list[float]:
+    """How long a class sent nothing between two of its flows although the second one waited.
+
+    From the last byte of a flow to the first byte of the next one, both as the client saw them;
+    below zero where the turn was announced early. Only where one flow of a class sends at a time.
+    """
+    by_class: dict[tuple[int, int], list[FlowRecord]] = {}
+    for record in records:
+        by_class.setdefault((record.server, record.class_index), []).append(record)
+    bubbles: list[float] = []
+    for group in by_class.values():
+        group.sort(key=lambda record: record.granted_s)
+        for before, after in itertools.pairwise(group):
+            if after.arrival_s < before.finished_s <= after.finished_s:
+                bubbles.append(after.first_byte_s - before.finished_s)
+    return bubbles
+
+
 def floor_s(records: Sequence[FlowRecord], below_bytes: int = 10_000) -> float:
     """Mean completion time of small flows that did not wait: what the path itself costs.
 

@@ -170,6 +170,9 @@ def _conditions(runs: Sequence[Run]) -> str:
             round(run.offered_load, 3),
             "" if run.busy_share is None else f"{run.busy_share:.3f} ({run.busy_observed_s:.1f} s)",
             "" if run.floor_s is None else round(run.floor_s * 1e3, 3),
+            f"{run.handover['p50'] * 1e3:.3g} / {run.handover['p99'] * 1e3:.3g}"
+            if run.handover
+            else "",
             ", ".join(f"{reason} {count}" for reason, count in run.degraded.items()) or "none",
             len(run.weights) or "",
             round(run.arrival_lag_s * 1e3, 3),
@@ -177,14 +180,21 @@ def _conditions(runs: Sequence[Run]) -> str:
         for run in runs
     ]
     columns = ["policy", "seed", "gate", "finished", "offered load", "busy while waiting"]
-    columns += ["floor, ms", "degraded starts", "classes", "arrival lag, ms"]
+    columns += [
+        "floor, ms",
+        "hand-over p50 / p99, ms",
+        "degraded starts",
+        "classes",
+        "arrival lag, ms",
+    ]
     return _table(
         Table(
             "Conditions of each run",
             columns,
             rows,
             "Busy: share of the link used while some flow waited, from HTB's byte counters. "
-            "Floor: mean of flows up to 10 KB that met no other.",
+            "Floor: mean of flows up to 10 KB that met no other. Hand-over: last byte of a flow to "
+            "the first of the next of its class that waited. Lag: how late arrivals were played.",
         )
     )
 

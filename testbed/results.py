@@ -27,6 +27,7 @@ class Run:
     """One policy on one trace.
 
     label: the policy or variant as the report names it. kernel, simulator: METRICS in seconds.
+    wait: arrival to turn. handover: last byte of a flow to the first of the next in its class.
     gate: "agent" (the host's agent) or "local" (the same gate in the client's process).
     busy_share: of the bottleneck while some flow waited, None where it was not measured.
     floor_s: mean of small flows that met nobody. records: file beside results.json.
@@ -44,6 +45,7 @@ class Run:
     kernel: dict[str, float]
     simulator: dict[str, float] = field(default_factory=dict)
     wait: dict[str, float] = field(default_factory=dict)
+    handover: dict[str, float] = field(default_factory=dict)
     degraded: dict[str, int] = field(default_factory=dict)
     offered_load: float = 0.0
     busy_share: float | None = None

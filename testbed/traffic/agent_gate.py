@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from typing import Any, Final
 
-from intentd.testbed.traffic.turns import OnTurn, Turn
+from intentd.testbed.traffic.turns import Ended, OnTurn, Turn
 
 _MAGIC: Final = 0x4941
 _VERSION: Final = 1
@@ -113,10 +113,11 @@ class AgentGate:
         if flow in self._running:
             self._send(_ANNOUNCE_PACKET.pack(_MAGIC, _VERSION, _ANNOUNCE, flow, 0))
 
-    def finish(self, flow: int, size_bytes: int = 0) -> None:
+    def finish(self, flow: int, ended: Ended | None = None) -> None:
         if flow in self._running:
             self._running.discard(flow)
-            self._send(_DONE_PACKET.pack(_MAGIC, _VERSION, _DONE, flow, size_bytes, 0, 0))
+            size, first, last = (0, 0, 0) if ended is None else _stamps(ended)
+            self._send(_DONE_PACKET.pack(_MAGIC, _VERSION, _DONE, flow, size, first, last))
         elif self._deadline.pop(flow, None) is not None:
             self._send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, flow))
 
@@ -222,3 +223,8 @@ class AgentGate:
             self._timer.cancel()
         with contextlib.suppress(OSError):
             self._disconnect()
+
+
+def _stamps(ended: Ended) -> tuple[int, int, int]:
+    """Bytes, and nanoseconds of the first and the last."""
+    return ended.size_bytes, int(ended.first_s * 1e9), int(ended.last_s * 1e9)

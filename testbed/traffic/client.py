@@ -31,7 +31,7 @@ from intentd.testbed.traffic.gate import Gate, make_gate
 from intentd.testbed.traffic.records import FlowRecord, write_records
 from intentd.testbed.traffic.timerfd import TimerFd
 from intentd.testbed.traffic.trace import TraceFlow, read_trace
-from intentd.testbed.traffic.turns import Turn
+from intentd.testbed.traffic.turns import Ended, Turn
 from intentd.testbed.traffic.wire import Request, encode_request
 
 _BUFFER_BYTES: Final = 4 << 20
@@ -65,13 +65,14 @@ class ClientPlan:
 class Flow:
     """A flow on its way: waiting, sending, done."""
 
-    __slots__ = ("announced", "arrival", "granted", "index", "left", "plan", "turn")
+    __slots__ = ("announced", "arrival", "first", "granted", "index", "left", "plan", "turn")
 
     def __init__(self, index: int, plan: TraceFlow, arrival: float) -> None:
         self.index = index
         self.plan = plan
         self.arrival = arrival
         self.granted = 0.0
+        self.first = 0.0
         self.left = plan.size_bytes
         self.turn: Turn | None = None
         self.announced = False
@@ -109,6 +110,8 @@ class Connection:
         if got == 0 or flow is None:
             self.client.lost(self)
             return
+        if not flow.first:
+            flow.first = time.monotonic()
         flow.left -= got
         if flow.left <= 0:
             self.flow = None
@@ -260,7 +263,7 @@ class Client:
 
     def finished(self, flow: Flow, connection: Connection) -> None:
         now = time.monotonic()
-        self.gate.finish(flow.index, flow.plan.size_bytes)
+        self.gate.finish(flow.index, Ended(flow.plan.size_bytes, flow.first, now))
         turn = flow.turn or Turn()
         del self.stalled[flow.index]
         self.records.append(
@@ -273,6 +276,7 @@ class Client:
                 flow.plan.arrival_s,
                 flow.arrival - self._start,
                 flow.granted - self._start,
+                flow.first - self._start,
                 now - self._start,
                 turn.degraded,
             )
@@ -289,7 +293,7 @@ class Client:
         self._drop(connection)
         if flow is not None:
             self.reconnected += 1
-            flow.left = flow.plan.size_bytes
+            flow.left, flow.first = flow.plan.size_bytes, 0.0
             self._send(flow)
 
     def _drop(self, connection: Connection) -> None:

@@ -14,7 +14,7 @@ from intentd.core.errors import InputError
 from intentd.core.flows.gate import FlowGate, Release
 from intentd.core.flows.policy import domain_from_plain
 from intentd.testbed.traffic.agent_gate import AgentGate
-from intentd.testbed.traffic.turns import OnTurn, Turn
+from intentd.testbed.traffic.turns import Ended, OnTurn, Turn
 
 
 class Gate(Protocol):
@@ -29,8 +29,8 @@ class Gate(Protocol):
 
     def announce(self, flow: int) -> None: ...
 
-    def finish(self, flow: int, size_bytes: int = 0) -> None:
-        """The flow is over; one that still waited will not send."""
+    def finish(self, flow: int, ended: Ended | None = None) -> None:
+        """The flow is over; without ended it did not complete."""
 
     def counters(self) -> dict[str, Any]: ...
 
@@ -69,7 +69,7 @@ class LocalGate:
     def announce(self, flow: int) -> None:
         self._release(self._gate.announce(flow, now=time.monotonic()))
 
-    def finish(self, flow: int, size_bytes: int = 0) -> None:
+    def finish(self, flow: int, ended: Ended | None = None) -> None:
         now = time.monotonic()
         if flow in self._granted:
             self._granted.discard(flow)

@@ -16,7 +16,8 @@ class FlowRecord:
     """One finished flow; times in seconds from the start of the run, on the monotonic clock.
 
     index: its place in the trace. due_s: when it should have arrived; arrival_s: when the client
-    asked for its turn; granted_s: when the turn came; finished_s: when the last byte was there.
+    asked for its turn; granted_s: when the turn came; first_byte_s, finished_s: when the first and
+    the last byte were there.
     degraded: "" if the turn was ordered, else the reason. A flow that never finished has no record.
     """
 
@@ -28,6 +29,7 @@ class FlowRecord:
     due_s: float
     arrival_s: float
     granted_s: float
+    first_byte_s: float
     finished_s: float
     degraded: str = ""
 
@@ -63,10 +65,20 @@ def read_records(path: Path) -> list[FlowRecord]:
         for number, row in enumerate(reader, start=2):
             try:
                 index, host, server, size, cls = (int(cell) for cell in row[:5])
-                due, arrival, granted, finished = (float(cell) for cell in row[5:9])
+                due, arrival, granted, first, finished = (float(cell) for cell in row[5:10])
                 records.append(
                     FlowRecord(
-                        index, host, server, size, cls, due, arrival, granted, finished, row[9]
+                        index,
+                        host,
+                        server,
+                        size,
+                        cls,
+                        due,
+                        arrival,
+                        granted,
+                        first,
+                        finished,
+                        row[10],
                     )
                 )
             except (ValueError, IndexError):

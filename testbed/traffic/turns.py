@@ -21,4 +21,13 @@ class Turn:
     early_fin_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a flow went: its bytes, and the monotonic time of the first and the last of them."""
+
+    size_bytes: int
+    first_s: float
+    last_s: float
+
+
 OnTurn = Callable[[int, Turn], None]

@@ -10,6 +10,7 @@ from intentd.testbed.metrics import (
     busy_while_waiting,
     completion_metrics,
     floor_s,
+    handover_s,
     mean_interval,
     ratios,
     waiting_spans,
@@ -20,7 +21,7 @@ ROOT = 0xFFFFFFFF
 
 
 def record(arrival: float, granted: float, finished: float, size: int = 1000) -> FlowRecord:
-    return FlowRecord(0, 0, 0, size, 0, arrival, arrival, granted, finished)
+    return FlowRecord(0, 0, 0, size, 0, arrival, arrival, granted, granted, finished)
 
 
 def test_completion_metrics() -> None:
@@ -66,3 +67,11 @@ def test_floor_takes_small_flows_that_meet_nobody() -> None:
     crowded = [record(2, 2, 3, size=10**6), record(2.5, 2.5, 2.6)]
     assert floor_s(lonely + crowded) == pytest.approx(0.5)
     assert math.isnan(floor_s(crowded))
+
+
+def test_handover_is_the_gap_of_a_class_that_had_work() -> None:
+    waited = record(0.0, 2.25, 3.0)  # behind the first
+    idle = record(5.0, 5.0, 6.0)  # nothing waited
+    announced = record(5.5, 5.9, 7.0)  # began before the one before ended
+    found = handover_s([record(0.0, 0.0, 2.0), waited, idle, announced])
+    assert found == [pytest.approx(0.25), pytest.approx(-0.1)]

@@ -92,8 +92,8 @@ def test_global_order_leaves_flows_under_one_bdp_alone() -> None:
 
 def test_class_shares_count_only_the_time_both_were_busy() -> None:
     records = [
-        FlowRecord(0, 0, 0, 700, 0, 0.0, 0.0, 0.0, 1.0),
-        FlowRecord(1, 0, 1, 600, 1, 0.0, 0.0, 0.0, 2.0),
+        FlowRecord(0, 0, 0, 700, 0, 0.0, 0.0, 0.0, 0.0, 1.0),
+        FlowRecord(1, 0, 1, 600, 1, 0.0, 0.0, 0.0, 0.0, 2.0),
     ]
     assert class_shares(records) == [pytest.approx(0.7), pytest.approx(0.3)]
     flows = contention(1.0, 1e9)

@@ -114,7 +114,7 @@ def test_report_is_one_page_with_pictures_inside(tmp_path: Path) -> None:
         times = [0.001 * (index + 1) for index in range(50)]
         write_records(
             tmp_path / measured.records,
-            [FlowRecord(i, 0, 0, 10, 0, 0.0, 0.0, 0.0, time) for i, time in enumerate(times)],
+            [FlowRecord(i, 0, 0, 10, 0, 0.0, 0.0, 0.0, 0.0, time) for i, time in enumerate(times)],
         )
         write_completions((tmp_path / measured.records).with_suffix(".sim.csv"), times)
     found.series.append(Series("classes", "s", "n", {"a": [[0, 1]], "b": [[0, 2]]}, step=True))

@@ -81,8 +81,8 @@ def test_trace_file_round_trip_and_errors(tmp_path: Path) -> None:
 
 
 def test_records_round_trip_and_become_the_trace_that_happened(tmp_path: Path) -> None:
-    late = FlowRecord(0, 1, 0, 100, 2, 0.5, 0.6, 0.7, 0.9, "timeout")
-    early = FlowRecord(1, 0, 1, 50, 0, 0.4, 0.41, 0.41, 0.42)
+    late = FlowRecord(0, 1, 0, 100, 2, 0.5, 0.6, 0.7, 0.8, 0.9, "timeout")
+    early = FlowRecord(1, 0, 1, 50, 0, 0.4, 0.41, 0.41, 0.415, 0.42)
     assert late.fct_s == pytest.approx(0.3)
     assert late.wait_s == pytest.approx(0.1)
     path = tmp_path / "records.csv"

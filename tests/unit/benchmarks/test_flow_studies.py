@@ -4,7 +4,17 @@ import math
 
 import pytest
 from benchmarks.classes import study
-from benchmarks.simulator import LOADS, STUDY_WORKLOADS, Task, ratio, report, run, tasks_of
+from benchmarks.simulator import (
+    HEURISTICS,
+    LOADS,
+    STUDY_WORKLOADS,
+    Task,
+    ratio,
+    report,
+    run,
+    show,
+    tasks_of,
+)
 
 
 def test_simulator_study_on_tiny_traces() -> None:
@@ -15,17 +25,22 @@ def test_simulator_study_on_tiny_traces() -> None:
         for variant in ("learned", "published")
     ]
     tasks.append(Task("weights", "data-mining", 0.8, 1, 400))
+    tasks.append(Task("heuristics", "cache", 0.8, 1, 400))
     result = report([run(task) for task in tasks])
     assert len(result["reference"]) == 4 * 4 * 5
     assert len(result["boost"]) == 4
+    assert [row["policy"] for row in result["heuristics"]] == list(HEURISTICS)
+    assert list(result["weights"]) == ["bytes", "eq-2.1"]
+    show(result)
     fifo = [c for c in result["reference"] if (c["policy"], c["workload"]) == ("fifo", "uniform")]
     assert all(cell["ratio"] == 1.0 and cell["within_10_percent"] for cell in fifo)
-    assert set(result["seconds_per_100k_flows"]) >= {"2d", "2d-boost", "srpt", "eq-2.1"}
+    assert set(result["cpu_s_per_100k_flows"]) >= {"2d", "2d-boost", "srpt", "eq-2.1"}
 
 
 def test_full_study_covers_what_it_says() -> None:
     tasks = tasks_of(10, 100_000)
-    assert len(tasks) == len(set(tasks)) == 40 + 2 * 80 + 3
+    assert len(tasks) == len(set(tasks)) == 40 + 2 * 80 + 3 + 12
+    assert {task.study for task in tasks_of(1, 10, ("weights",))} == {"weights"}
     unseen = {task.seed for task in tasks if task.study == "boost"}
     assert unseen.isdisjoint(task.seed for task in tasks if task.study != "boost")
 

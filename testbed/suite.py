@@ -385,10 +385,23 @@ class Suite:
         return {}
 
     async def all_joined(self, timeout_s: float) -> None:
-        """Until every daemon is ready and the controller has them all. Raises PlayError."""
+        """Until every daemon is ready and the controller is connected to all of them.
+
+        Raises PlayError.
+        """
         deadline = time.monotonic() + timeout_s
         for member in self.members:
             await self.ready(member, max(0.1, deadline - time.monotonic()))
+        wanted = {(m.role, m.name) for m in self.members if m.role != "controller"}
+        there: set[tuple[str, str]] = set()
+        while time.monotonic() < deadline:
+            with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
+                answer = await self.member("controller").admin.acall("members")
+                there = {(m["role"], m["name"]) for m in answer["members"] if m["connected"]}
+            if wanted <= there:
+                return
+            await asyncio.sleep(_LOOK_S)
+        raise PlayError(f"the controller does not see {sorted(wanted - there)}")
 
 
 def _free_port() -> int:

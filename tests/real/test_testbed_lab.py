@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from intentd.testbed import netns, suite
-from intentd.testbed.experiments import overall
+from intentd.testbed.experiments import faults, overall
 from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, PREFIX, Lab, Scenario, Setup
 from intentd.testbed.playing import PlayError, python_env
@@ -131,3 +131,15 @@ def test_the_command_refuses_what_it_does_not_know() -> None:
     done = call("run", "nothing")
     assert done.returncode == 2
     assert "one of overall" in done.stderr
+
+
+@pytest.mark.netns
+async def test_every_flow_completes_when_daemons_are_killed(
+    namespaces: None, tmp_path: Path
+) -> None:
+    """The fault experiment, short: a client's agent, then the one that shapes, die by kill -9."""
+    options = Options(rounds=3, duration_s=7.0, rate_bps=2e8, scale=0.1)
+    results = await faults.run(options, tmp_path, quiet)
+    missed = [check for check in results.checks[1:] if not check.holds]
+    assert missed == [], results.notes
+    assert results.runs[0].finished == results.runs[0].flows

@@ -145,7 +145,9 @@ class DomainSection(Section):
         "match of all domains wins.",
     )
     default: bool = Field(
-        default=False, description="Flows without domain and peer match belong here; one domain."
+        default=False,
+        description="Flows without domain and peer match belong here. At most one; the only domain "
+        "without peers is it anyway.",
     )
     sequencer: SequencerSection = Field(
         default=SequencerSection(), description="Order across hosts."
@@ -232,10 +234,9 @@ class AgentConfig(DaemonConfig):
 
     @property
     def default_domain(self) -> str:
-        """The domain marked default; a single domain without peers needs no mark."""
+        """The domain marked default; the only one without peers needs no mark."""
         for domain in self.domains:
             if domain.default:
                 return domain.name
-        if len(self.domains) == 1 and not self.domains[0].peers:
-            return self.domains[0].name
-        return ""
+        rest = [domain.name for domain in self.domains if not domain.peers]
+        return rest[0] if len(rest) == 1 else ""

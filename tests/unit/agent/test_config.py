@@ -25,10 +25,11 @@ def test_without_a_file_one_domain_orders_nothing_until_a_policy_comes() -> None
     assert config.socket_path == config.run_dir / "agent.sock"
 
 
-def test_a_single_domain_without_peers_is_the_default(tmp_path: Path) -> None:
+def test_the_only_domain_without_peers_is_the_default(tmp_path: Path) -> None:
     assert load(tmp_path, '[[domains]]\nname = "a"\n').default_domain == "a"
     only_peers = '[[domains]]\nname = "a"\npeers = ["10.0.0.0/8"]\n'
     assert load(tmp_path, only_peers).default_domain == ""
+    assert load(tmp_path, only_peers + '[[domains]]\nname = "b"\n').default_domain == "b"
 
 
 def test_a_starting_policy_takes_the_domains_name_and_rate(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from intentd.core.errors import WireError
 
 VERSION: Final = 1
 MAX_TEXT: Final = 4096
+MAX_NUMBER: Final = 2**53  # eras, numbers and sequences stay exact in JSON
 ROLES: Final = ("agent", "sequencer", "controller", "gpu", "proxy")
 APPLICATIONS: Final = ("flows", "jobs", "prompts")
 
@@ -145,9 +146,11 @@ def from_plain(plain: object) -> Message:
     if isinstance(message, Hello) and message.role not in ROLES:
         raise WireError(f"hello.role: got {message.role!r:.80}, expected one of {', '.join(ROLES)}")
     if isinstance(message, (NumberedPolicy, PolicyAck)) and (
-        message.application not in APPLICATIONS or message.era < 0 or message.number < 0
+        message.application not in APPLICATIONS
+        or not 0 <= message.era <= MAX_NUMBER
+        or not 0 <= message.number <= MAX_NUMBER
     ):
-        raise WireError(f"{name}: expected a known application and era, number >= 0")
+        raise WireError(f"{name}: expected a known application and era, number of 0 to 2^53")
     return message
 
 
@@ -176,7 +179,7 @@ def _check_numbers(where: str, value: object) -> None:
         key in APPLICATIONS
         and isinstance(pair, (list, tuple))
         and len(pair) == 2
-        and all(type(part) is int and part >= 0 for part in pair)
+        and all(type(part) is int and 0 <= part <= MAX_NUMBER for part in pair)
         for key, pair in value.items()
     )
     if not holds:

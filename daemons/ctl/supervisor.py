@@ -190,6 +190,10 @@ class Supervisor:
         connected = status["controller"] is None or status["controller"]["connected"]
         return bool(status["ready"] and connected)
 
+    def processes(self) -> dict[str, int]:
+        """role -> process id, of those that run."""
+        return {r: p.pid for r, p in self._processes.items() if p.returncode is None}
+
     def addresses(self) -> dict[str, str]:
         return dict(self._addresses)
 

@@ -351,15 +351,9 @@ class Lifecycle(Generic[C]):
             try:
                 config = self._load()
                 self._refuse_fixed(config)
-                if self._status is not None:
-                    self._status.set_tokens(config.status.tokens)
-                try:
-                    await self.daemon.reload(config)
-                except BaseException:
-                    if self._status is not None:
-                        self._status.set_tokens(self.config.status.tokens)
-                    raise
-            except IntentdError as error:
+                await self._swap(config)
+            except BaseException as error:
+                # The manager waits for READY whatever happened; a defect then takes its own way.
                 self.kit.metrics.reloads.labels("refused").inc()
                 _log.error("reload refused", extra={"error": str(error)})
                 self.kit.notifier.ready(f"reload refused: {error}")
@@ -373,6 +367,17 @@ class Lifecycle(Generic[C]):
             _log.info("reloaded", extra={"generation": self.kit.generation})
             self.kit.notifier.ready(f"{config.role} {config.name} runs")
             return {"generation": self.kit.generation}
+
+    async def _swap(self, config: C) -> None:
+        """Hand the new configuration to endpoint and role; both keep the old if either refuses."""
+        if self._status is not None:
+            self._status.set_tokens(config.status.tokens)
+        try:
+            await self.daemon.reload(config)
+        except BaseException:
+            if self._status is not None:
+                self._status.set_tokens(self.config.status.tokens)
+            raise
 
     def _refuse_fixed(self, config: C) -> None:
         """Settings that name the process itself cannot change under it."""

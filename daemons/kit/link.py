@@ -422,9 +422,12 @@ class MemberLink:
             answer = self._on_policy(policy)
             return await answer if inspect.isawaitable(answer) else answer
         except IntentdError as error:
-            return PolicyAck(
-                policy.application, policy.era, policy.number, False, str(error)[:MAX_TEXT]
-            )
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001  a crash would come back with every restart
+            self._kit.metrics.errors.labels("policy").inc()
+            _log.exception("policy could not be applied", extra=_ids(policy))
+            reason = f"internal error: {type(error).__name__}: {error}"
+        return PolicyAck(policy.application, policy.era, policy.number, False, reason[:MAX_TEXT])
 
     def _file(self, application: str) -> Path:
         return self._config.state_dir / f"{self._config.role}-policy-{application}.msgpack"

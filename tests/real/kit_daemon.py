@@ -52,6 +52,8 @@ class Toy(Daemon[ToyConfig]):
     async def reload(self, config: ToyConfig) -> None:
         if config.toy.greeting == "forbidden":
             raise ConfigError("toy.greeting", config.toy.greeting, "something polite")
+        if config.toy.greeting == "defect":
+            raise ZeroDivisionError("a programmer error")
         self.link.reconfigure(config.controller)
 
     async def drain(self, deadline_s: float) -> None:

@@ -168,6 +168,7 @@ def test_reload_swaps_or_keeps_the_old(process: Process) -> None:
         ('[toy]\ngreeting = "forbidden"\n', "toy.greeting: got 'forbidden', expected something"),
         ('name = "other"\n', "name: got 'other', expected the value it started with: restart"),
         ("[", "expected a TOML file"),
+        ('[toy]\ngreeting = "defect"\n', "internal error: ZeroDivisionError"),
     ):
         process.write(text)
         with pytest.raises(AdminRefusedError) as caught:
@@ -177,7 +178,7 @@ def test_reload_swaps_or_keeps_the_old(process: Process) -> None:
     status = process.admin.call("status")
     assert (status["detail"], status["generation"]) == ({"greeting": "salut"}, 2)
     metrics = process.admin.call("metrics")["text"]
-    assert 'intentd_reloads_total{outcome="refused"} 4.0' in metrics
+    assert 'intentd_reloads_total{outcome="refused"} 5.0' in metrics
     assert 'intentd_reloads_total{outcome="applied"} 1.0' in metrics
 
 

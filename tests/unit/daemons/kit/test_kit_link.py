@@ -178,6 +178,23 @@ async def test_a_refused_policy_shows_its_reason_and_is_not_repeated(rig: Rig) -
     await rig.story.until(lambda: link.policies() == {"flows": [1, 3]})
 
 
+async def test_a_policy_that_meets_a_defect_is_refused_not_fatal(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the kept policy would crash the member at every start."""
+    hub = await rig.hub()
+    link = await rig.member(hub.endpoint)
+
+    def defect(_: NumberedPolicy) -> PolicyAck:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(link, "_on_policy", defect)
+    hub.publish(policy(1))
+    await rig.story.until(lambda: bool(hub.members()) and bool(hub.members()[0].acks))
+    assert hub.members()[0].acks["flows"].reason == "internal error: ZeroDivisionError: a defect"
+    assert link.policies() == {}
+
+
 async def test_the_last_policy_outlives_the_member(rig: Rig) -> None:
     hub = await rig.hub()
     link = await rig.member(hub.endpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -305,6 +306,25 @@ def test_marks_shapes_and_gives_back_after_kill(node: netns.Namespace, tmp_path:
         assert agent.signal(signal.SIGTERM) == 0
         assert qdisc(node, interface.device) == found
     finally:
+        agent.close()
+
+
+def test_without_the_capability_flows_are_ordered_and_marked_not_shaped(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv, to run the agent without CAP_NET_ADMIN")
+    prefix = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
+    agent = Agent(tmp_path, prefix, 'device = "lo"')
+    agent.start()
+    flows = Flows(str(agent.path), answer_timeout_s=20.0)
+    try:
+        tc = agent.detail()["domains"]["up"]["tc"]
+        assert tc["state"] == "unshaped"
+        assert "CAP_NET_ADMIN" in tc["reason"]
+        with socket.socket() as sock, flows.open(100, sock=sock) as flow:
+            assert (flow.degraded, flow.marked, flow.priority) == ("", True, 0)
+            assert sock.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) >> 2 == 10
+    finally:
+        flows.close()
         agent.close()
 
 

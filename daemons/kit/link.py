@@ -42,7 +42,12 @@ from intentd.core.messages import (
 )
 from intentd.daemons.kit.config import ControllerSection, DaemonConfig, HubSection
 from intentd.daemons.kit.files import write_atomically
-from intentd.daemons.kit.keys import read_allow_list, read_curve_keys, read_curve_public
+from intentd.daemons.kit.keys import (
+    CurveKeys,
+    read_allow_list,
+    read_curve_keys,
+    read_curve_public,
+)
 from intentd.daemons.kit.lifecycle import Kit
 from intentd.daemons.kit.zap import ZapServer, secure_client, secure_server, user_key
 from intentd.daemons.kit.zmqfd import ZmqStream
@@ -135,6 +140,7 @@ class MemberLink:
         self._last_error = ""
         self._refused = False
         self._report_now = False
+        self._keys: tuple[CurveKeys, bytes] | None = None
         self._running: list[asyncio.Task[None]] = []
         kit.link = self
 
@@ -147,6 +153,7 @@ class MemberLink:
         self._running.append(tasks.create_task(self._apply_all(), name="link-policies"))
         if self._section.enabled:
             try:
+                self._keys = _client_keys(self._section)  # once: files may vanish while we run
                 self._open()
             except BaseException:
                 await self.stop()
@@ -174,7 +181,7 @@ class MemberLink:
             return
         if section.enabled != self._section.enabled:
             raise ConfigError("controller.enabled", section.enabled, "a restart to change it")
-        _client_keys(section)
+        self._keys = _client_keys(section)
         self._section = section
         if self._stream is not None:
             self._close()
@@ -224,9 +231,8 @@ class MemberLink:
             bound_socket(socket, section.endpoint)
             socket.setsockopt(zmq.RECONNECT_IVL, max(1, int(section.backoff_min_s * 1000)))
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, max(1, int(section.backoff_max_s * 1000)))
-            keys = _client_keys(section)
-            if keys is not None:
-                secure_client(socket, keys[0], keys[1])
+            if self._keys is not None:
+                secure_client(socket, *self._keys)
             socket.connect(section.endpoint)
         except zmq.ZMQError as error:
             socket.close(linger=0)
@@ -258,8 +264,14 @@ class MemberLink:
                 await self._kit.clock.sleep(wait_s * self._kit.rng.uniform(0.5, 1.5))
                 wait_s = min(2 * wait_s, self._section.backoff_max_s)
                 continue
-            wait_s = self._section.backoff_min_s
+            joined_s = self._kit.clock.now()
             await self._report_while_answered()
+            if self._kit.clock.now() - joined_s > 2 * self._interval_s:
+                wait_s = self._section.backoff_min_s
+                continue
+            # Welcomed and cut off at once, as two members of one name do to each other.
+            await self._kit.clock.sleep(wait_s * self._kit.rng.uniform(0.5, 1.5))
+            wait_s = min(2 * wait_s, self._section.backoff_max_s)
 
     async def _answered(self, limit_s: float) -> bool:
         deadline = self._kit.clock.now() + limit_s
@@ -360,9 +372,10 @@ class MemberLink:
         elif isinstance(message, NumberedPolicy):
             self._offered(message)
         else:
+            if message.reason != self._last_error:  # once a reason, not once a message
+                _log.warning("controller refuses", extra={"reason": message.reason})
             self._last_error = message.reason
             self._refused = self._state is LinkState.GREETING
-            _log.warning("controller refuses", extra={"reason": message.reason})
             self._enter(LinkState.GREETING)
             self._news.set()
 
@@ -475,7 +488,7 @@ def _ids(policy: NumberedPolicy) -> dict[str, Any]:
     return {"application": policy.application, "era": policy.era, "number": policy.number}
 
 
-def _client_keys(section: ControllerSection) -> Any:
+def _client_keys(section: ControllerSection) -> tuple[CurveKeys, bytes] | None:
     if not section.key_file:
         return None
     return read_curve_keys(Path(section.key_file)), read_curve_public(Path(section.server_key_file))
@@ -724,8 +737,11 @@ class HubLink:
         elif isinstance(message, Goodbye):
             self._remove(member, "goodbye")
         elif isinstance(message, Refusal):
+            if message.reason != member.last_refusal:
+                _log.warning(
+                    "member refuses", extra={"member": member.key, "reason": message.reason}
+                )
             member.last_refusal = message.reason
-            _log.warning("member refuses", extra={"member": member.key, "reason": message.reason})
         else:
             self._refuse(
                 identity, f"{type(message).__name__}: not a message to a controller", "malformed"
@@ -757,10 +773,15 @@ class HubLink:
             member.sequence, member.acks = before.sequence, before.acks
         self._members[key] = self._by_identity[identity] = member
         self._note_seen(member)
-        _log.info(
-            "member joined",
-            extra={"member": f"{hello.role}@{hello.name}", "host": hello.host, "boot": hello.boot},
-        )
+        if before is None or before.boot != member.boot or not before.connected:
+            _log.info(
+                "member joined",
+                extra={
+                    "member": f"{hello.role}@{hello.name}",
+                    "host": hello.host,
+                    "boot": hello.boot,
+                },
+            )
         self._send(identity, self._welcome())
         self._on_hello(member)
         self._send_policies(member)

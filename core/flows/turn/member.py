@@ -440,9 +440,10 @@ class TurnMember:
     def handle_fin(
         self, sender: int, epoch: int, runs: tuple[wire.Run, ...], *, now: float
     ) -> list[Release]:
-        """A FIN whose MAC held. Nobody else finishes an id that this member holds."""
+        """A FIN whose MAC held; believed in hybrid mode alone, and never of an id held here."""
         self._enter(now)
-        if sender == self.sender or epoch != self.epoch:
+        hybrid = self.policy.turn_mode == "hybrid"
+        if not hybrid or sender == self.sender or epoch != self.epoch:
             return []
         touched: dict[int, None] = {}
         for run in runs:

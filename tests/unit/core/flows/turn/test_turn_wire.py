@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
 import pytest
+from benchmarks.fuzz import fuzz_fins, fuzz_frames
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -169,3 +171,15 @@ def test_newer_versions_are_told_apart_from_garbage() -> None:
     frame[1] = 7
     assert wire.is_newer(bytes(frame))
     assert not wire.is_newer(b"\xff\x07")
+
+
+def test_hostile_datagrams_and_frames_are_dropped_and_counted() -> None:
+    """A short run of ``python -m benchmarks.fuzz``."""
+    fins = fuzz_fins(4000, random.Random(3))
+    assert fins["accepted"] == 0
+    assert fins["counted"]
+    assert fins["honest_accepted"] == fins["honest_sent"]
+    frames = fuzz_frames(4000, random.Random(4))
+    assert frames["released"] == 0
+    assert frames["members"] <= 16
+    assert frames["domains"] <= 4

@@ -97,6 +97,7 @@ class Learner:
     _start: int = 0
     _end: int = 0
     _marks: deque[tuple[float, int]] = field(default_factory=deque)
+    _aged: int = 0  # of all observed, how many are older than max_age_s
     _unchecked: int = 0
     _looked_at: int = 0
     _least_flows: int = 0
@@ -254,9 +255,10 @@ class Learner:
         return change
 
     def _forget(self, now: float) -> None:
+        """Drop flows beyond keep_flows that are older than max_age_s."""
         while self._marks and now - self._marks[0][0] > self.settings.max_age_s:
-            _, counted = self._marks.popleft()
-            least = min(self._end - (self.observed - counted), self._end - self.settings.keep_flows)
-            self._drop_before(least)
+            self._aged = self._marks.popleft()[1]
+        old = self._end - (self.observed - self._aged)
+        self._drop_before(min(old, self._end - self.settings.keep_flows))
         while self._marks and self.observed - self._marks[0][1] >= self.flows:
             self._marks.popleft()

@@ -24,8 +24,8 @@ from intentd.core.errors import InputError
 from intentd.core.flows.reports import domain_reports
 from intentd.core.messages import PolicyAck, Report
 from intentd.daemons.kit.admin import AdminRefusedError
+from intentd.daemons.kit.hub import HubLink, Member
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
-from intentd.daemons.kit.link import HubLink, Member
 from intentd.daemons.kit.store import Store
 
 _log = logging.getLogger(__name__)

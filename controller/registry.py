@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from intentd.core.messages import PolicyAck
-from intentd.daemons.kit.link import Member
+from intentd.daemons.kit.hub import Member
 
 MAX_RECORDS: Final = 4096
 MAX_ERROR: Final = 512

@@ -51,7 +51,8 @@ from intentd.daemons.kit.watchdog import Watchdog
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from intentd.daemons.kit.link import HubLink, MemberLink
+    from intentd.daemons.kit.hub import HubLink
+    from intentd.daemons.kit.link import MemberLink
 
 _log = logging.getLogger(__name__)
 

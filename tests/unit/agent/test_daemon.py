@@ -24,8 +24,8 @@ from intentd.core.messages import NumberedPolicy, PolicyAck, Report
 from intentd.core.stats import LogHistogram
 from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import ControllerSection, HubSection, validate
+from intentd.daemons.kit.hub import HubLink
 from intentd.daemons.kit.lifecycle import Kit, Tasks
-from intentd.daemons.kit.link import HubLink
 
 INF = float("inf")
 

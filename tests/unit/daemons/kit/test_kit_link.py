@@ -27,9 +27,11 @@ from intentd.core.messages import (
     to_plain,
 )
 from intentd.daemons.kit import keys
+from intentd.daemons.kit.codec import decode, encode
 from intentd.daemons.kit.config import ControllerSection, DaemonConfig, HubSection
+from intentd.daemons.kit.hub import HubLink, Member
 from intentd.daemons.kit.lifecycle import Kit, Tasks
-from intentd.daemons.kit.link import HubLink, Member, MemberLink, decode, encode
+from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.zmqfd import ZmqStream
 
 INTERVAL_S = 0.05

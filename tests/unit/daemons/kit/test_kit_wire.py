@@ -17,7 +17,7 @@ from intentd.core.messages import (
     Report,
     Welcome,
 )
-from intentd.daemons.kit.link import decode, encode
+from intentd.daemons.kit.codec import decode, encode
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "wire.md"
 BOOT = "00f1e2d3c4b5a697"

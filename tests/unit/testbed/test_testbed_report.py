@@ -73,7 +73,13 @@ def test_checks_of_overall_hold_and_miss() -> None:
     for measured in found.runs:  # both policies alike, so that their ratio stays
         measured.simulator = {name: value / 1.2 for name, value in measured.kernel.items()}
     missed = [check for check in checks(found) if not check.holds]
-    assert [check.value for check in missed] == [pytest.approx(0.2)]
+    assert all(check.value <= 0.2 for check in missed)
+    assert [check.figure.split(" at ")[1].split(",")[0] for check in missed] == [
+        "p90",
+        "p95",
+        "p99",
+        "p995",
+    ]  # at the mean, 1 ms, the floor of .3 ms is more than the difference
 
 
 def test_a_check_without_a_value_does_not_hold() -> None:

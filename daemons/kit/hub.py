@@ -378,10 +378,9 @@ class HubLink:
                 continue
             runs = tuple(member.policies.get(application, (-1, -1)))
             ack = member.acks.get(application)
-            refused = (
-                ack is not None and not ack.applied and policy_order(ack) == policy_order(policy)
-            )
-            if runs >= policy_order(policy) or refused:
+            wanted = policy_order(policy)
+            refused = ack is not None and not ack.applied and policy_order(ack) == wanted
+            if runs >= wanted or refused:
                 continue
             sent, sent_s = member.sent.get(application, ((-1, -1), 0.0))
             now = self._kit.clock.now()

@@ -4,6 +4,7 @@ A member takes tickets (epoch, id) from the domain's sequencer and lets its wait
 when all but mpl - 1 of the earlier ids of the class are over. Tickets are rights to start: which
 of its own waiting flows a member starts on the ticket whose turn has come is its own local order.
 Pure: events and ``now`` in, releases and an outbox out.
+One state machine, hence one long module; what a class holds is in line.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from heapq import heappop, heappush
 from typing import Final
 
 from intentd.core.errors import StateError
-from intentd.core.flows.boost import boost_s
 from intentd.core.flows.gate import Release
 from intentd.core.flows.policy import DomainPolicy
 from intentd.core.flows.turn import wire
-from intentd.core.flows.turn.ids import Progress
+from intentd.core.flows.turn.line import Line, Turn, Waiting
 
 ORDERED: Final = ""
 TIMEOUT: Final = "timeout"  # waited max_wait
@@ -87,76 +87,6 @@ _ALLOWED: Final = {
 }
 
 
-@dataclass(slots=True)
-class _Waiting:
-    flow: int
-    size_bytes: int
-    class_index: int
-    arrived: float
-    sequence: int
-    batched: bool = False  # in the batch of a turn, no longer in its class's queue
-
-
-class _Turn:
-    """Flows that use one id, one after the other. id 0: they hold none (any more)."""
-
-    __slots__ = ("announced", "class_index", "flow", "id", "mark", "pending", "started")
-
-    def __init__(self, class_index: int, flow: int, ticket: int, mark: str, now: float) -> None:
-        self.class_index = class_index
-        self.flow = flow
-        self.id = ticket
-        self.mark = mark
-        self.pending: deque[_Waiting] = deque()
-        self.announced = False
-        self.started = now
-
-
-class _Line:
-    """One class at this member."""
-
-    __slots__ = (
-        "batched",
-        "batches",
-        "index",
-        "last_start",
-        "open_bytes",
-        "probe_at",
-        "probe_wait_s",
-        "progress",
-        "queue",
-        "requested",
-        "service_s",
-        "synced",
-        "tickets",
-        "turns",
-        "unfinished",
-        "waiting",
-    )
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.queue: list[tuple[float, int, int]] = []  # (key, sequence, flow), some abandoned
-        self.waiting = 0
-        self.batched = 0  # that wait inside the batch of a turn
-        self.batches = 0  # tickets the waiting flows need
-        self.open_bytes = 0  # in the last batch
-        self.tickets: list[int] = []  # ids that wait for their turn, ascending
-        self.requested = 0  # ids asked for and not answered yet
-        self.turns: dict[int, _Turn] = {}  # by id, those that hold one
-        self.service_s = 0.0  # decentralised: how long one of our flows takes
-        self.last_start: tuple[int, float] | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """A new epoch: nothing is known of other members' ids."""
-        self.progress = Progress()
-        self.synced = False
-        self.unfinished = -1
-        self.probe_at = math.inf
-        self.probe_wait_s = 0.0
-
-
 class TurnMember:
     """Tickets and turns of one agent in one domain.
 
@@ -198,9 +128,9 @@ class TurnMember:
         self._sent: dict[int, float] = {}  # sequence of Hello or Heartbeat -> when
         self._hellos: set[int] = set()  # sequences of Hellos whose Welcome is awaited
         self._requests: dict[int, tuple[int, int, float]] = {}  # number -> class, count, resend at
-        self._lines: dict[int, _Line] = {}
-        self._waiting: dict[int, _Waiting] = {}
-        self._turn_of: dict[int, _Turn] = {}
+        self._lines: dict[int, Line] = {}
+        self._waiting: dict[int, Waiting] = {}
+        self._turn_of: dict[int, Turn] = {}
         self._ages: list[tuple[float, int, int]] = []  # (arrived, sequence, flow), some abandoned
         self._outbox: list[Outgoing] = []
         self._over: list[wire.Run] = []  # to be broadcast
@@ -223,13 +153,13 @@ class TurnMember:
             raise StateError(f"flow {flow} arrives, but is held already; {self.story()}")
         self._enter(now)
         self._arrivals += 1
-        entry = _Waiting(
+        entry = Waiting(
             flow, size_bytes, class_index, now if arrived is None else arrived, self._arrivals
         )
         self._waiting[flow] = entry
         heappush(self._ages, (entry.arrived, entry.sequence, flow))
         line = self._line(class_index)
-        self._enqueue(line, entry)
+        line.enqueue(entry, self.policy)
         self._balance(line, now)
         return self._advance(line, now)
 
@@ -451,7 +381,7 @@ class TurnMember:
                 self.ignored += 1
                 continue
             line = self._line(run.class_index)
-            if self._holds_any(line, run.first, run.count):
+            if line.holds_any(run.first, run.count):
                 self.ignored += 1
                 continue
             if run.announced:
@@ -516,7 +446,7 @@ class TurnMember:
                 self._demote(turn)
         self._next_beat = now + self.timing.away_retry_s
 
-    def _demote(self, turn: _Turn) -> None:
+    def _demote(self, turn: Turn) -> None:
         if turn.mark == ORDERED:
             turn.mark = LEASE
             self.demoted += 1
@@ -605,21 +535,7 @@ class TurnMember:
     def _held_runs(self) -> tuple[wire.Run, ...]:
         runs: list[wire.Run] = []
         for index in sorted(self._lines):
-            line = self._lines[index]
-            ids = sorted([*line.tickets, *line.turns])
-            for ticket in ids:
-                turn = line.turns.get(ticket)
-                announced = turn is not None and turn.announced
-                if runs:
-                    last = runs[-1]
-                    if (
-                        last.class_index == index
-                        and last.announced == announced
-                        and last.first + last.count == ticket
-                    ):
-                        runs[-1] = wire.Run(index, last.first, last.count + 1, announced)
-                        continue
-                runs.append(wire.Run(index, ticket, 1, announced))
+            runs += self._lines[index].held_runs()
         return tuple(runs[: wire.MAX_RUNS])
 
     def _acked(self) -> int:
@@ -662,7 +578,7 @@ class TurnMember:
         )
         self._next_beat = now + self._heartbeat_s
 
-    def _probe(self, line: _Line, now: float) -> None:
+    def _probe(self, line: Line, now: float) -> None:
         if self.linked:
             self._probe_number = self._probe_number % 0xFFFFFFFF + 1
             self._outbox.append(
@@ -677,7 +593,7 @@ class TurnMember:
             )
             line.probe_at = now + line.probe_wait_s
 
-    def _request(self, line: _Line, count: int, now: float) -> None:
+    def _request(self, line: Line, count: int, now: float) -> None:
         self._request_number += 1
         line.requested += count
         self._requests[self._request_number] = (line.index, count, now + self.timing.retry_s)
@@ -736,7 +652,7 @@ class TurnMember:
         line.progress.merge(message.floor, message.finished, message.lease, message.announced)
         return self._advance(line, now)
 
-    def _advance(self, line: _Line, now: float) -> list[Release]:
+    def _advance(self, line: Line, now: float) -> list[Release]:
         """Start whoever's turn it is."""
         released: list[Release] = []
         if self.state is not MemberState.MEMBER or now < self._recover_until:
@@ -756,7 +672,7 @@ class TurnMember:
         self._plan_probe(line, now)
         return released
 
-    def _mark(self, line: _Line, ticket: int, mpl: int, now: float) -> str | None:
+    def _mark(self, line: Line, ticket: int, mpl: int, now: float) -> str | None:
         """How a start on this ticket would be marked now; None: it is not its turn."""
         if self.policy.turn_mode == "decentralised":
             due = len(line.turns) < mpl and now >= self._estimate(line)
@@ -768,12 +684,12 @@ class TurnMember:
             return ORDERED
         return EARLY_FIN if unfinished + lease < mpl else LEASE
 
-    def _may_estimate(self, line: _Line) -> bool:
+    def _may_estimate(self, line: Line) -> bool:
         if not (line.tickets and line.waiting) or line.index >= len(self.policy.classes):
             return False
         return len(line.turns) < max(1, self.policy.classes[line.index].mpl)
 
-    def _estimate(self, line: _Line) -> float:
+    def _estimate(self, line: Line) -> float:
         """When the next own ticket should be due, from the gap to our last start."""
         if line.last_start is None:
             return -math.inf
@@ -781,18 +697,18 @@ class TurnMember:
         mpl = max(1, self.policy.classes[line.index].mpl)
         return started + max(0, line.tickets[0] - last) * line.service_s / mpl
 
-    def _start(self, line: _Line, ticket: int, mark: str, now: float) -> Release:
+    def _start(self, line: Line, ticket: int, mark: str, now: float) -> Release:
         """The best waiting flow starts, and as many as fit the batch follow it on the same id."""
-        entry = self._pop(line)
+        entry = line.pop(self._waiting)
         del self._waiting[entry.flow]
-        turn = _Turn(line.index, entry.flow, ticket, mark, now)
+        turn = Turn(line.index, entry.flow, ticket, mark, now)
         total = entry.size_bytes
         while line.waiting:
-            following = self._peek(line)
+            following = line.peek(self._waiting)
             total += following.size_bytes
             if total > self.policy.batch_bytes:
                 break
-            self._pop(line)
+            line.pop(self._waiting)
             following.batched = True
             line.batched += 1
             turn.pending.append(following)
@@ -802,7 +718,7 @@ class TurnMember:
         self._turn_of[entry.flow] = turn
         return Release(entry.flow, line.index, mark)
 
-    def _next_of_batch(self, line: _Line, turn: _Turn, now: float) -> list[Release]:
+    def _next_of_batch(self, line: Line, turn: Turn, now: float) -> list[Release]:
         while turn.pending:
             entry = turn.pending.popleft()
             if self._waiting.get(entry.flow) is not entry:
@@ -818,7 +734,7 @@ class TurnMember:
             self._ticket_over(line, turn.id)
         return self._advance(line, now)
 
-    def _ticket_over(self, line: _Line, ticket: int) -> None:
+    def _ticket_over(self, line: Line, ticket: int) -> None:
         line.progress.finish(ticket, 1)
         self._say_over(wire.Run(line.index, ticket, 1))
 
@@ -834,14 +750,14 @@ class TurnMember:
             line = self._line(entry.class_index)
             self._left(line, entry)
             ticket = line.tickets.pop(0) if line.tickets and not entry.batched else 0
-            turn = _Turn(line.index, flow, ticket, TIMEOUT, now)
+            turn = Turn(line.index, flow, ticket, TIMEOUT, now)
             if ticket:
                 line.turns[ticket] = turn
             self._turn_of[flow] = turn
             released.append(Release(flow, line.index, TIMEOUT))
             self._balance(line, now)
 
-    def _plan_probe(self, line: _Line, now: float) -> None:
+    def _plan_probe(self, line: Line, now: float) -> None:
         """Ask when a ticket waits longer than its bound; sooner while nothing is known."""
         if not line.tickets or self.policy.turn_mode == "decentralised":
             line.probe_at = math.inf
@@ -863,7 +779,7 @@ class TurnMember:
             line.probe_wait_s = self.timing.probe_s
             line.probe_at = now + self.timing.probe_s
 
-    def _balance(self, line: _Line, now: float) -> None:
+    def _balance(self, line: Line, now: float) -> None:
         """Ask for the ids the waiting flows need beyond those held and asked for."""
         if self.state is not MemberState.MEMBER or now < self._recover_until:
             return
@@ -880,59 +796,19 @@ class TurnMember:
 
     # -- inside: the queue of a class ----------------------------------------------------------
 
-    def _line(self, class_index: int) -> _Line:
+    def _line(self, class_index: int) -> Line:
         line = self._lines.get(class_index)
         if line is None:
-            line = self._lines[class_index] = _Line(class_index)
+            line = self._lines[class_index] = Line(class_index)
         return line
 
-    def _enqueue(self, line: _Line, entry: _Waiting) -> None:
-        cls = self.policy.classes[line.index]
-        if cls.order == "fifo":
-            key = entry.arrived
-        elif cls.order == "sjf":
-            key = float(entry.size_bytes)
-        else:
-            size_s = entry.size_bytes * 8.0 / self.policy.rate_bps
-            key = entry.arrived - boost_s(size_s, cls.boost_gamma_per_s)
-        heappush(line.queue, (key, entry.sequence, entry.flow))
-        line.waiting += 1
-        if line.batches and line.open_bytes + entry.size_bytes <= self.policy.batch_bytes:
-            line.open_bytes += entry.size_bytes
-        else:
-            line.batches += 1
-            line.open_bytes = entry.size_bytes
-
-    def _peek(self, line: _Line) -> _Waiting:
-        while True:
-            _, sequence, flow = line.queue[0]
-            entry = self._waiting.get(flow)
-            if entry is not None and entry.sequence == sequence:
-                return entry
-            heappop(line.queue)
-
-    def _pop(self, line: _Line) -> _Waiting:
-        entry = self._peek(line)
-        heappop(line.queue)
-        line.waiting -= 1
-        return entry
-
-    def _left(self, line: _Line, entry: _Waiting) -> None:
+    def _left(self, line: Line, entry: Waiting) -> None:
         """A waiting flow went otherwise; its entries in heaps are skipped when met."""
         if len(self._ages) > 64 + 2 * len(self._waiting):
             self._ages = sorted(
                 (other.arrived, other.sequence, other.flow) for other in self._waiting.values()
             )
-        if entry.batched:
-            line.batched -= 1
-            return
-        line.waiting -= 1
-        if len(line.queue) > 64 + 2 * line.waiting:
-            line.queue = sorted(
-                row
-                for row in line.queue
-                if (other := self._waiting.get(row[2])) is not None and other.sequence == row[1]
-            )
+        line.left(entry, self._waiting)
 
     def _drop_stale_ages(self) -> None:
         while self._ages:
@@ -941,9 +817,3 @@ class TurnMember:
             if entry is not None and entry.sequence == sequence:
                 return
             heappop(self._ages)
-
-    def _holds_any(self, line: _Line, first: int, count: int) -> bool:
-        end = first + count
-        return any(first <= ticket < end for ticket in line.tickets) or any(
-            first <= ticket < end for ticket in line.turns
-        )

@@ -39,6 +39,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
@@ -282,6 +283,15 @@ class _FlowState:
         self._announced = False
         self._open = True
         self._sockets: list[Any] = []
+        self._connection: Any = None
+
+    def __del__(self) -> None:
+        """A flow that nobody closed must not keep its turn for as long as the program lives."""
+        connection = getattr(self, "_connection", None)
+        if connection is None or not self._open:
+            return
+        warnings.warn(f"flow {self.id} was never closed", ResourceWarning, stacklevel=2)
+        connection.abandon(self._request)
 
     def _granted(self, grant: tuple[int, ...]) -> None:
         (_, _, _, _, flow, index, dscp, reason, flags, _, priority, early, rate) = grant
@@ -437,6 +447,14 @@ class _Connection:
 
     def forget(self, request: int) -> None:
         self._replies.pop(request, None)
+
+    def abandon(self, request: int) -> None:
+        """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
+        self.forget(request)
+        if not self.dead and self.pid == os.getpid():
+            packet = _HEADER.pack(_MAGIC, _VERSION, _CANCEL, request)
+            with contextlib.suppress(OSError):
+                self._sock.send(packet, socket.MSG_DONTWAIT)
 
     def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
         """Raises _AgentGoneError; never waits longer than the answer timeout."""
@@ -821,6 +839,14 @@ class _AsyncConnection:
 
     def forget(self, request: int) -> None:
         self._replies.pop(request, None)
+
+    def abandon(self, request: int) -> None:
+        """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
+        self.forget(request)
+        if not self.dead and self.pid == os.getpid():
+            packet = _HEADER.pack(_MAGIC, _VERSION, _CANCEL, request)
+            with contextlib.suppress(OSError):
+                self._sock.send(packet, socket.MSG_DONTWAIT)
 
     def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
         if self.dead:

@@ -169,6 +169,24 @@ def test_an_exception_cancels_the_flow(local_agent: Any, flows: Flows) -> None:
         assert flow.degraded == ""
 
 
+def test_a_flow_that_nobody_closed_gives_its_turn_back(local_agent: Any, flows: Flows) -> None:
+    agent = local_agent()
+    flow = flows.open(100)
+    with pytest.warns(ResourceWarning, match="flow 1 was never closed"):
+        del flow
+    agent.until(lambda: agent.domain.meter.cancelled == 1)
+
+    async def main() -> None:
+        aflows = AsyncFlows(str(agent.path), **PATIENT)
+        flow = await aflows.open(100)
+        with pytest.warns(ResourceWarning, match="flow 2 was never closed"):
+            del flow
+        aflows.close()
+
+    asyncio.run(main())
+    agent.until(lambda: not agent.shell.flows)
+
+
 def test_what_the_agent_refuses_goes_ahead_and_says_why(local_agent: Any, flows: Flows) -> None:
     agent = local_agent()
     flow = flows.open(100, domain="nowhere")

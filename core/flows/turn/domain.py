@@ -145,10 +145,15 @@ class DomainGate:
 
     def next_timer(self) -> float | None:
         """When expire has something to do, on the clock of `now`."""
-        times = [self._turn.next_timer(), self._gate.next_timer()]
+        earliest = self._turn.next_timer()
+        local = self._gate.next_timer()
+        if earliest is None or (local is not None and local < earliest):
+            earliest = local
         if self._deadlines:
-            times.append(self._deadlines[0][0] + self.policy.max_wait_s)
-        return min((at for at in times if at is not None), default=None)
+            moved = self._deadlines[0][0] + self.policy.max_wait_s
+            if earliest is None or moved < earliest:
+                earliest = moved
+        return earliest
 
     def set_policy(self, policy: DomainPolicy, *, now: float) -> list[Release]:
         """Follow another policy of this domain; nothing waiting is lost, running flows go on."""

@@ -225,6 +225,8 @@ class TurnMember:
 
     def waiting_flows(self) -> list[int]:
         """Flows that wait for a ticket's turn, in order of arrival; not those in a batch."""
+        if not self._waiting:
+            return []
         rows = [entry for entry in self._waiting.values() if not entry.batched]
         return [entry.flow for entry in sorted(rows, key=lambda e: (e.arrived, e.sequence))]
 
@@ -303,6 +305,8 @@ class TurnMember:
 
     def next_timer(self) -> float | None:
         """When expire has something to do; None while there is nothing."""
+        if self.state is MemberState.AWAY and not self.linked and not self._ages:
+            return None  # asked twice a flow, also where no domain has a sequencer
         times = [math.inf]
         if self.linked:
             times.append(self._next_beat)

@@ -63,6 +63,15 @@ class Broadcast:
     epoch: int
     runs: tuple[wire.Run, ...]
 
+    def finished(self) -> wire.Finished:
+        """The same for the sequencer's link, where there is no key to sign with."""
+        last: dict[tuple[int, int], wire.Run] = {}
+        for run in self.runs:  # runs of one id; over outweighs announced
+            at = (run.class_index, run.first)
+            if at not in last or last[at].announced:
+                last[at] = run
+        return wire.Finished(self.domain_id, self.epoch, tuple(last[at] for at in sorted(last)))
+
 
 Outgoing = wire.Message | Broadcast
 

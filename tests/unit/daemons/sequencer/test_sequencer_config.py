@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,13 @@ def test_an_epoch_that_cannot_be_kept_is_not_served(tmp_path: Path) -> None:
         (tmp_path / "epoch").mkdir()
         with pytest.raises(EpochError):
             next_epoch(tmp_path / "epoch", 7000.0)
+
+
+def test_numpy_stays_off_the_sequencers_path() -> None:
+    """It would be half of the process's memory."""
+    code = (
+        "import sys, intentd.daemons.sequencer.daemon, intentd.core.flows.turn.domain;"
+        "sys.exit('numpy' in sys.modules or 'intentd.core.sim' in sys.modules)"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4] / "src")}
+    assert subprocess.run([sys.executable, "-c", code], env=environ, check=False).returncode == 0

@@ -387,3 +387,10 @@ def test_goodbye_frees_everything() -> None:
     world.settle()
     world.advance(0.5)
     assert world.released[-1] == ("b", 1, "")
+
+
+def test_a_fin_without_a_key_goes_over_the_link() -> None:
+    runs = (wire.Run(1, 7, 1), wire.Run(0, 9, 1, announced=True), wire.Run(0, 9, 1))
+    message = Broadcast(1, 2, runs).finished()
+    assert message.runs == (wire.Run(0, 9, 1), wire.Run(1, 7, 1))
+    assert wire.decode(wire.encode(message)) == message

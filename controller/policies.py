@@ -39,8 +39,10 @@ MIGRATIONS: Final = (
         application TEXT PRIMARY KEY, number INTEGER NOT NULL, since_wall_s REAL NOT NULL,
         author TEXT NOT NULL
     ) STRICT;
-    CREATE TABLE eras (era INTEGER PRIMARY KEY, began_wall_s REAL NOT NULL, why TEXT NOT NULL)
-    STRICT;
+    CREATE TABLE eras (
+        era INTEGER PRIMARY KEY, began_wall_s REAL NOT NULL, why TEXT NOT NULL,
+        number INTEGER NOT NULL
+    ) STRICT;
     CREATE TABLE settings (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
     """,
 )
@@ -300,7 +302,10 @@ class PolicyBook:
 
     def _stored(self) -> tuple[int, int]:
         era = self._store.read("SELECT coalesce(max(era), 0) FROM eras")[0][0]
-        number = self._store.read("SELECT coalesce(max(number), 0) FROM policies")[0][0]
+        number = self._store.read(
+            "SELECT coalesce(max(number), 0) FROM "
+            "(SELECT number FROM policies UNION ALL SELECT number FROM eras)"
+        )[0][0]
         return int(era), int(number)
 
     def _continue_or_begin(self) -> None:
@@ -338,7 +343,9 @@ class PolicyBook:
     def _begin(self, why: str, beyond: int) -> None:
         self._era = max(self._era + 1, beyond + 1, int(self._wall()))
         with self._store.transaction() as db:
-            db.execute("INSERT INTO eras VALUES (?, ?, ?)", (self._era, self._wall(), why))
+            db.execute(
+                "INSERT INTO eras VALUES (?, ?, ?, ?)", (self._era, self._wall(), why, self._number)
+            )
             db.execute(
                 "DELETE FROM eras WHERE era NOT IN (SELECT era FROM eras ORDER BY 1 DESC LIMIT 100)"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -30,6 +31,7 @@ from intentd.daemons.kit.link import MemberLink
 log = logging.getLogger(__name__)
 
 _RECENT_SHOWN: Final = 20
+_OTHER_DESCRIPTORS: Final = 256  # links, status, descriptors passed for marking
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class AgentDaemon(Daemon[AgentConfig]):
     # -- life -------------------------------------------------------------------------------------
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
+        _allow_descriptors(self.config.socket.max_connections + _OTHER_DESCRIPTORS)
         self._held = {section.name: self._hold(section) for section in self.config.domains}
         self._publish(self.config)
         self._turns.set_domains(_sequenced(self._held), self.config.fin)
@@ -359,6 +362,16 @@ class AgentDaemon(Daemon[AgentConfig]):
             "rate_bps": held.domain.policy.rate_bps,
             "tc": held.shaper.status() if held.shaper is not None else held.tc(),
         }
+
+
+def _allow_descriptors(wanted: int) -> None:
+    """Raise the soft limit (often 1,024) as far as the hard one allows: one a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted:
+            log.warning("fewer descriptors than connections", extra={"limit": most})
 
 
 def _sequenced(held: dict[str, Held]) -> list[Sequenced]:

@@ -338,10 +338,11 @@ class Turns:
     def status(self) -> dict[str, Any]:
         """For the status document."""
         plain: dict[str, Any] = {
+            "unknown_domain": self._unknown_domain,
             "links": [
                 {"endpoint": link.endpoint, "connected": link.connected, **link.counts}
                 for link in self._links.values()
-            ]
+            ],
         }
         if self._fins is not None:
             plain["fin"] = {

@@ -54,6 +54,7 @@ _VERSION: Final = 1
 _HELLO, _WELCOME, _OPEN, _GRANT, _QUEUED, _ANNOUNCE, _DONE, _CANCEL = 1, 2, 3, 4, 5, 6, 7, 8
 _MARK, _MARKED, _ERROR = 9, 10, 11
 _WANTS_MARK, _MARK_ONLY, _GRANT_MARKED = 1, 2, 1
+_STOPPING: Final = 7  # an ERROR's code: the agent leaves
 _NO_CLASS: Final = 0xFFFF
 _REASONS: Final = ("", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain")
 _MAX_SIZE: Final = 2**62
@@ -186,9 +187,10 @@ def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
                 if reply.grant is None:
                     reply.grant = values  # the answer to a mark-only request
         elif kind == _ERROR:
-            _, _, _, _, _, length = _ERROR_PACKET.unpack_from(packet)
+            _, _, _, _, code, length = _ERROR_PACKET.unpack_from(packet)
             text = packet[_ERROR_PACKET.size : _ERROR_PACKET.size + length]
-            gone = _AgentGoneError("refused", text.decode("utf-8", "replace"))
+            reason = "closed" if code == _STOPPING else "refused"
+            gone = _AgentGoneError(reason, text.decode("utf-8", "replace"))
             if reply is not None:
                 if reply.grant is None:
                     reply.grant = gone

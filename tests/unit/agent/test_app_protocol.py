@@ -177,6 +177,7 @@ def test_the_client_module_speaks_the_same_bytes() -> None:
         assert getattr(client, f"_{name}") == getattr(wire, name)
     for name in ("MARK", "MARKED", "ERROR"):
         assert getattr(client, f"_{name}") == getattr(wire, name)
+    assert client._STOPPING == wire.E_STOPPING
     opened = client._open_packet(7, 100, "uplink", ("fd00::2", 80), 3, wire.WANTS_MARK)
     assert wire.decode_request(opened) == wire.Open(7, 100, "uplink", "fd00::2", 3, 1)
     assert client._HELLO_PACKET.size == len(EXAMPLES["app-hello"])

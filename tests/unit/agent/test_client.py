@@ -19,6 +19,7 @@ import pytest
 from intentd.agent import app_protocol as wire
 from intentd.agent.client import AsyncFlows, Flows, pending_bytes
 
+SRC = str(Path(__file__).parents[3] / "src")
 PATIENT = {"answer_timeout_s": 20.0}  # a busy machine is no reason to degrade in these tests
 
 
@@ -197,6 +198,16 @@ def test_what_the_agent_refuses_goes_ahead_and_says_why(local_agent: Any, flows:
     assert agent.call(lambda: agent.shell.counts.errors) == 1
 
 
+def test_an_agent_that_is_stopping_counts_as_gone(local_agent: Any, flows: Flows) -> None:
+    agent = local_agent()
+    agent.shell.stopping = True
+    flow = flows.open(100)
+    assert (flow.degraded, flow.error) == (
+        "closed",
+        "agent: got 'stopping', expected that you send at once",
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "arguments"),
     [
@@ -252,7 +263,7 @@ def test_a_forked_child_gets_a_connection_of_its_own(local_agent: Any, tmp_path:
         "assert not flows.open(100).degraded\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": "src"}, timeout=60
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": SRC}, timeout=60
     )
     assert done.returncode == 0
     agent.until(lambda: not agent.shell.flows)

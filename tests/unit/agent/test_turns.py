@@ -1,0 +1,126 @@
+"""The agent's side of turns on real sockets: FIN datagrams and the link, also from strangers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import zmq
+
+from intentd.agent.config import FinSection, SequencerSection
+from intentd.agent.turns import FinPort, SequencerLink
+from intentd.core.errors import IntentdError
+from intentd.core.flows.fin import Fin, FinSigner
+from intentd.core.flows.turn import wire
+from intentd.core.flows.turn.member import Broadcast
+from intentd.daemons.kit.keys import new_fin_key
+
+KEY = new_fin_key()
+RUNS = (wire.Run(0, 5, 2),)
+
+
+def port(section: FinSection, heard: list[Fin], name: str = "a") -> FinPort:
+    return FinPort(section, KEY, name=name, boot=7, on_fin=heard.append)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  the kernel delivers
+            await asyncio.sleep(0.002)
+
+
+async def test_a_fin_is_heard_and_forgeries_are_dropped() -> None:
+    heard: list[Fin] = []
+    receiving = port(FinSection(bind="127.0.0.1:0"), heard, "receiver")
+    sending = port(FinSection(bind="127.0.0.1:0"), [], "sender")
+    receiving.start()
+    sending.start()
+    rng = random.Random(1)
+    stranger = FinSigner.from_domain_key(new_fin_key(), "sender", 7)
+    good = FinSigner.from_domain_key(KEY, "other", 7).sign(1, 2, RUNS)
+    with socket.socket(type=socket.SOCK_DGRAM) as raw:
+        for index in range(2000):
+            datagram = bytearray(rng.choice((good, stranger.sign(1, 2, RUNS))))
+            if index % 2:
+                datagram = bytearray(rng.randbytes(rng.randrange(2000)))
+            else:
+                datagram[rng.randrange(len(datagram))] ^= rng.randrange(1, 256)
+            raw.sendto(datagram, receiving.address)
+            if index % 50 == 0:
+                await asyncio.sleep(0)
+    sending.send(Broadcast(1, 2, RUNS), [receiving.address])
+    await until(lambda: heard)
+    assert [(fin.domain_id, fin.epoch, fin.runs) for fin in heard] == [(1, 2, RUNS)]
+    assert receiving.verifier.accepted == 1
+    dropped = receiving.verifier.dropped
+    assert dropped["malformed"] > 0
+    assert dropped["forged"] > 0
+    assert sending.counts == {"sent": 1}
+    receiving.stop()
+    sending.stop()
+
+
+async def test_multicast_groups_are_joined() -> None:
+    heard: list[Fin] = []
+    section = FinSection(bind="0.0.0.0:0", interface="127.0.0.1")
+    receiving = port(section, heard, "receiver")
+    group = f"239.77.7.7:{receiving.address[1]}"
+    sending = port(section, [], "sender")
+    receiving.start()
+    try:
+        receiving.join(group)
+        sending.join(group)
+    except IntentdError as error:
+        pytest.skip(f"no multicast on loopback here: {error}")
+    receiving.join("127.0.0.1:1")  # nothing to join
+    sending.send(Broadcast(1, 2, RUNS), [("239.77.7.7", receiving.address[1])])
+    await until(lambda: heard)
+    receiving.stop()
+    sending.start()
+    sending.stop()
+
+
+async def test_a_port_in_use_and_a_target_out_of_reach_are_told() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(IntentdError, match=r"fin\.bind: 127\.0\.0\.1:\d+: Address already"):
+            port(FinSection(bind=f"127.0.0.1:{taken.getsockname()[1]}"), [])
+    sending = port(FinSection(bind="127.0.0.1:0"), [])
+    sending.start()
+    sending.send(Broadcast(1, 2, RUNS), [("255.255.255.255", 9)])  # not from loopback
+    assert sum(sending.counts.values()) == 1
+    sending.stop()
+
+
+async def test_the_link_tells_up_and_down_and_drops_nonsense() -> None:
+    context: Any = zmq.Context(1)
+    router = context.socket(zmq.ROUTER)
+    number = router.bind_to_random_port("tcp://127.0.0.1")
+    got: list[Any] = []
+    states: list[bool] = []
+    link = SequencerLink(
+        context,
+        SequencerSection(endpoint=f"tcp://127.0.0.1:{number}"),
+        on_message=got.append,
+        on_connected=states.append,
+    )
+    link.start()
+    await until(lambda: states == [True])
+    link.send(wire.Probe(1, 2, 0, 3))
+    peer, frame = await asyncio.to_thread(router.recv_multipart)
+    assert wire.decode(frame) == wire.Probe(1, 2, 0, 3)
+    for nonsense in ([b""], [b"\xff" * 40], [b"two", b"parts"], [b"\x13\x02" + bytes(20)]):
+        router.send_multipart([peer, *nonsense])
+    beat = wire.Beat(1, 2, 9)
+    router.send_multipart([peer, wire.encode(beat)])
+    await until(lambda: got)
+    assert got == [beat]
+    assert link.counts["malformed"] == 4
+    router.close(linger=0)
+    await until(lambda: states == [True, False])
+    link.stop()
+    context.destroy(linger=0)

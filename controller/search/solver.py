@@ -46,7 +46,8 @@ FAR: Final = 1e12  # stands for infinity inside the library, which divides by ra
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """When to stop: after so many evaluations or seconds, whichever is first."""
+    """When to stop: after so many evaluations or seconds, whichever is first, looked at between
+    batches; the first batch is always evaluated."""
 
     evaluations: int = 1000
     seconds: float | None = None
@@ -255,7 +256,7 @@ def _evolve(
     values: list[Array] = []
     cancelled = False
     while len(values) < budget.evaluations:
-        if budget.seconds is not None and time.perf_counter() - begin > budget.seconds:
+        if values and budget.seconds is not None and time.perf_counter() - begin > budget.seconds:
             break
         asked = algorithm.ask()
         proposed = np.asarray(asked.get("X"), dtype=np.float64)

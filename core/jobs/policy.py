@@ -95,6 +95,8 @@ class JobsPolicy:
 
 def _normalised(weights: Sequence[float]) -> tuple[float, ...]:
     total = math.fsum(weights)
+    if abs(total - 1.0) < 1e-12:  # as they were, so that a policy survives the way through JSON
+        return tuple(float(weight) for weight in weights)
     return tuple(float(weight / total) for weight in weights)
 
 

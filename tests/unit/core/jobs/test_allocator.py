@@ -52,7 +52,7 @@ def random_policy(rng, name, sizes):
     if rng.integers(2):
         spread, steep = float(rng.uniform(0.05, 5)), float(rng.uniform(-3, 3))
         return wfq(sizes, T=spread, W=steep, zeta=zeta, delta=delta, integral=integral)
-    limits = sorted(set(rng.choice(sizes, int(rng.integers(0, 5))).tolist())) + [math.inf]
+    limits = [*sorted(set(rng.choice(sizes, int(rng.integers(0, 5))).tolist())), math.inf]
     weights = tuple(rng.uniform(0.01, 1, len(limits)).tolist())
     return JobsPolicy("wfq", tuple(limits), weights, zeta=zeta, delta=delta, integral=integral)
 
@@ -134,7 +134,7 @@ def linear_jobs(largest, work=None, smallest=0.0, submit=None) -> JobTable:
     )
 
 
-def decide(jobs, policy, gpus, progress=None, costs=Costs()):  # noqa: B008  # frozen
+def decide(jobs, policy, gpus, progress=None, costs=Costs()):  # frozen
     progress = progress or Progress.fresh(jobs)
     grants = allocator.allocate(jobs, policy, gpus, now_s=1e4, progress=progress, costs=costs)
     return grants.tolist()

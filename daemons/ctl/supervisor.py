@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,19 +133,20 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 class Supervisor:
-    """Keeps one child a role alive. terminal: where their logs go, None: to our standard error."""
+    """Keeps one child a role alive. log: where their lines go, each with its role in front."""
 
     def __init__(
         self,
         layout: Layout,
         roles: Sequence[str],
         modules: Mapping[str, str],
-        terminal: IO[str] | None,
+        log: IO[str],
     ) -> None:
         self.layout = layout
         self._roles = tuple(roles)
         self._modules = modules
-        self._terminal = terminal
+        self._log = log
+        self._tails: dict[str, deque[str]] = {role: deque(maxlen=3) for role in roles}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._children: dict[str, Child] = {}
         self._failed: asyncio.Future[None] | None = None
@@ -210,7 +212,10 @@ class Supervisor:
                 never_ran = not self._ready
                 if code == EXIT_USAGE or never_ran:
                     self._failed.set_exception(
-                        IntentdError(f"{role} ended with status {code} at start: see its log above")
+                        IntentdError(
+                            f"{role} ended with status {code} at start: "
+                            + " | ".join(self._tails[role])
+                        )
                     )
                     return
             if loop.time() - began > STEADY_S:
@@ -228,7 +233,7 @@ class Supervisor:
             *command,
             env={**os.environ, **self.layout.environment(role)},
             stdin=subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE if self._terminal is not None else None,
+            stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us; we tell the children
         )
         self._processes[role] = process
@@ -238,8 +243,7 @@ class Supervisor:
         return process
 
     async def _copy_log(self, role: str, process: asyncio.subprocess.Process) -> None:
-        if process.stderr is None:
-            return
+        assert process.stderr is not None
         while True:
             try:
                 line = await process.stderr.readline()
@@ -247,10 +251,12 @@ class Supervisor:
                 continue
             if not line:
                 return
-            self._say(role, line.decode(errors="replace").rstrip("\n"))
+            text = line.decode(errors="replace").rstrip("\n")
+            self._tails[role].append(text)
+            self._say(role, text)
 
     def _say(self, role: str, text: str) -> None:
-        print(f"{role:<10} | {text}", file=self._terminal or sys.stderr, flush=True)
+        print(f"{role:<10} | {text}", file=self._log, flush=True)
 
     def _record(self) -> None:
         document = {

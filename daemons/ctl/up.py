@@ -101,7 +101,7 @@ def _refuse_second(layout: Layout) -> None:
 
 async def _keep(layout: Layout, *, as_json: bool, announce: bool, job: Any = None) -> int:
     """Run the suite in this process until a signal; exit status of the command."""
-    supervisor = Supervisor(layout, ROLES, DAEMONS, sys.stderr if announce else None)
+    supervisor = Supervisor(layout, ROLES, DAEMONS, sys.stderr)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -118,6 +118,8 @@ async def _keep(layout: Layout, *, as_json: bool, announce: bool, job: Any = Non
                     await _job_or_stop(job, stop, as_json)
                 await stop.wait()
             finally:
+                if job is not None:
+                    job.close()  # nothing, unless it never began
                 running.cancel()
                 await asyncio.wait({running})
                 await supervisor.stop()
@@ -148,6 +150,7 @@ async def _job_or_stop(job: Any, stop: asyncio.Event, as_json: bool) -> None:
     stopped.cancel()
     if not working.done():
         working.cancel()
+        await asyncio.wait({working})
         return
     _print_job(working.result(), as_json)
 

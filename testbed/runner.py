@@ -17,6 +17,7 @@ from intentd.testbed.report import write_report
 from intentd.testbed.results import Results, over_seeds, save
 
 RESULTS_DIR: Final = Path("results")
+LATE_S: Final = 0.5e-3
 
 
 def names(wanted: str) -> list[str]:
@@ -48,6 +49,13 @@ async def run_experiment(
     """Run, save, draw the report. Runs are saved one by one, so a failure loses only its own."""
     module = importlib.import_module(f"intentd.testbed.experiments.{name}")
     results: Results = await module.run(options, directory, progress)
+    late = [run for run in results.runs if run.arrival_lag_s > LATE_S]
+    if late:
+        results.notes.append(
+            f"In {len(late)} of {len(results.runs)} runs arrivals were played more than "
+            f"{LATE_S * 1e3:g} ms late on average: the machine was busy with something else, and "
+            "their figures are worth little."
+        )
     await asyncio.to_thread(save, results, directory)
     progress("drawing the report")
     await asyncio.to_thread(write_report, directory)

@@ -28,7 +28,7 @@ LOAD: Final = 0.5
 CLIENTS: Final = 2
 KILLS: Final = 50
 # Time a kill and its recovery take on average; the trace lasts a little longer than all of them.
-SECONDS_A_KILL: Final = 2.5
+SECONDS_A_KILL: Final = 4.0
 RESTORE_WITHIN_S: Final = 10.0
 REJOIN_WITHIN_S: Final = 15.0
 PAUSE_S: Final = 0.3

@@ -3,6 +3,7 @@ figure 2.9c)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +40,8 @@ def mixture(
 
 
 async def run(options: Options, directory: Path, progress: Progress) -> Results:
-    """2D learned on the mixture, 2D with the classes of each workload alone, PS and FIFO."""
+    """2D with classes of the mixture, of each workload alone, and learned while the flows go on;
+    PS and FIFO beside them."""
     workloads = options.workloads or WORKLOADS
     if len(workloads) < 2:
         raise InputError("workloads", ",".join(workloads), "two or more for a mixture")
@@ -53,7 +55,8 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
         "mixed",
         f"Two workloads at once: {name}",
         "Each workload offers an equal part of the load at the same time. '2d' has classes from a "
-        "sample of the mixture, '2d (X)' those of workload X alone.",
+        "sample of the mixture, '2d (X)' those of workload X alone; '2d (controller)' starts with "
+        "one class and learns during the run.",
         options=options.to_plain()
         | {"workloads": workloads, "load": load, "duration_s": duration_s, "seeds": list(seeds)},
         machine=machine_facts(),
@@ -73,4 +76,11 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
                 )
                 run = await lab.run(Scenario(label, name, load, seed, trace, chosen))
                 keep(results, run, directory)
+    if options.gate == "agent":
+        for seed in seeds:
+            trace = mixture(sources, load=load, rate_bps=rate_bps, duration_s=duration_s, seed=seed)
+            # A controller that knows nothing yet: its first flows run with one class.
+            async with Lab(replace(options.setup(), learning=True), directory, progress) as lab:
+                run = await lab.run(Scenario("2d (controller)", name, load, seed, trace, None))
+            keep(results, run, directory)
     return results

@@ -231,7 +231,7 @@ async def test_store_from_an_old_backup_begins_an_era(
     shutil.copytree(controller.state, tmp_path / "backup")
     await controller.start()
     for level in (2, 3, 4):
-        document = {"domain": "eth0", "mpl": [level]}
+        document = {"domain": "eth0", "max_wait": level}
         controller.admin.call("policy_set", document=document, author="test")
     newest = controller.newest()
     await until(lambda: all(member.got[-1] == newest for member in members))

@@ -290,7 +290,7 @@ class _FlowState:
     def __del__(self) -> None:
         """A flow that nobody closed must not keep its turn for as long as the program lives."""
         connection = getattr(self, "_connection", None)
-        if connection is None or not self._open:
+        if connection is None or not self._open or connection.dead:
             return
         warnings.warn(f"flow {self.id} was never closed", ResourceWarning, stacklevel=2)
         connection.abandon(self._request)

@@ -172,6 +172,7 @@ def test_an_application_killed_with_the_turn_passes_it_on(agent: Agent, flows: F
         waiting.join(20)
         assert [flow.degraded for flow in found] == [""]
         assert found[0].waited_s < 20
+        found[0].close()
     finally:
         holder.kill()
         holder.wait()

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Final
 
 import zmq
 
-from intentd.core.errors import ConfigError
+from intentd.core.errors import ConfigError, WireError
 from intentd.core.flows.fin import FinVerifier
+from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.sequencer import SequencerCore
 from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.daemons.kit.config import split_address
@@ -43,6 +44,7 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         self._turns: TurnSocket | None = None
         self._fins: FinSocket | None = None
         self._zap: ZapServer | None = None
+        self._allowed: dict[bytes, str] = {}
         self._link: MemberLink | None = None
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
@@ -80,7 +82,8 @@ class SequencerDaemon(Daemon[SequencerConfig]):
             if getattr(config, name) != getattr(self.config, name):
                 raise ConfigError(name, "changed", "a restart to change it")
         if self._zap is not None:
-            self._zap.allow(read_allow_list(Path(config.turns.allow_file)))
+            self._allowed = read_allow_list(Path(config.turns.allow_file))
+            self._zap.allow(self._allowed)
         if self._link is not None:
             self._link.reconfigure(config.controller)
 
@@ -137,15 +140,36 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         section = self.config.turns
         self._context = zmq.Context()
         router = open_router(self._context, max_peers=section.max_members)
-        self._turns = TurnSocket(router, core.receive, self.kit.clock.now)
+        self._turns = TurnSocket(
+            router,
+            core.receive,
+            self.kit.clock.now,
+            admit=self._admit if section.key_file else None,
+            known=core.sessions,
+        )
         if section.key_file:
-            self._zap = ZapServer(
-                self._context, read_allow_list(Path(section.allow_file)), self.kit.metrics
-            )
+            self._allowed = read_allow_list(Path(section.allow_file))
+            self._zap = ZapServer(self._context, self._allowed, self.kit.metrics)
             self._zap.start()
             secure_server(router, read_curve_keys(Path(section.key_file)))
         self.endpoint = bind(router, section.bind, "turns.bind")
         self._turns.start()
+
+    def _admit(self, key: bytes, frame: bytes) -> bytes | None:
+        """The refusal of a Hello under a name that the key may not use; else None."""
+        try:
+            hello = wire.decode(frame)
+        except WireError:
+            return None  # the core counts it
+        if not isinstance(hello, wire.Hello):
+            return None
+        user = self._allowed.get(key)
+        role, _, name = (user or "").partition("@")
+        if user is not None and role in ("", "agent") and name in ("", hello.name):
+            return None
+        text = f"this key may register as {user}"[:50] if user else "this key is not listed"
+        domain_id = wire.name_id(hello.domain)
+        return wire.encode(wire.Error(domain_id, wire.ERROR_NAME, hello.sequence, text))
 
     async def _tick_for_ever(self, core: SequencerCore) -> None:
         clock = self.kit.clock

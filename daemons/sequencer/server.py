@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final
 
 import zmq
@@ -19,6 +19,7 @@ from intentd.core.errors import ConfigError, IntentdError
 from intentd.core.flows.fin import MAX_BYTES, FinVerifier
 from intentd.core.flows.turn.sequencer import SequencerCore
 from intentd.core.flows.turn.wire import MAX_FRAME_BYTES
+from intentd.daemons.kit.zap import user_key
 
 MAX_BATCH: Final = 128
 MAX_FINS: Final = 64
@@ -26,17 +27,28 @@ QUEUE_MESSAGES: Final = 1000  # a peer; a client that does not read loses answer
 HANDSHAKE_MS: Final = 5000
 
 Answer = Callable[[bytes, bytes, float], bytes | None]
+Admit = Callable[[bytes, bytes], bytes | None]
 
 
 class TurnSocket:
     """A ROUTER in the event loop. answer(peer, frame, now) returns what goes back, or None.
 
-    Messages of more than one part are not ours: dropped and counted.
+    Messages of more than one part are not ours: dropped and counted. With CURVE, admit(key,
+    frame) sees what comes from peers not yet in ``known``, with their public key; what it returns
+    is a refusal that goes back instead. Those known cost one look-up.
     """
 
     def __init__(
-        self, router: zmq.Socket[bytes], answer: Answer, clock: Callable[[], float]
+        self,
+        router: zmq.Socket[bytes],
+        answer: Answer,
+        clock: Callable[[], float],
+        *,
+        admit: Admit | None = None,
+        known: Container[bytes] = (),
     ) -> None:
+        self._admit = admit
+        self._known = known
         self._router = router
         self._answer = answer
         self._clock = clock
@@ -71,15 +83,22 @@ class TurnSocket:
         router = self._router
         receive, send, more = router.recv, router.send, router.getsockopt
         answer, now = self._answer, self._clock()
+        admit, known = self._admit, self._known
         nowait, rcvmore, sndmore = zmq.NOBLOCK, zmq.RCVMORE, zmq.NOBLOCK | zmq.SNDMORE
         try:
             for _ in range(MAX_BATCH):
                 peer = receive(nowait)
-                frame = receive(nowait)
+                reply = None
+                if admit is None or peer in known:
+                    frame = receive(nowait)
+                else:
+                    frame, key = self._with_key()
+                    reply = admit(key, frame)
                 if more(rcvmore):
                     self._discard()
                     continue
-                reply = answer(peer, frame, now)
+                if reply is None:
+                    reply = answer(peer, frame, now)
                 if reply is not None:
                     send(peer, sndmore)
                     send(reply, nowait)
@@ -89,6 +108,10 @@ class TurnSocket:
             self.send_failures += 1
         if self._loop is not None:
             self._arm()
+
+    def _with_key(self) -> tuple[bytes, bytes]:
+        frame = self._router.recv(zmq.NOBLOCK, copy=False)
+        return frame.bytes, user_key(frame)
 
     def _discard(self) -> None:
         self.multipart += 1

@@ -296,7 +296,7 @@ def test_no_bytes_and_no_closing_client_make_it_spin_leak_or_die(sequencer: Sequ
 def test_curve_lets_in_only_listed_keys(tmp_path: Path) -> None:
     server, known, unknown = new_curve_keys(), new_curve_keys(), new_curve_keys()
     write_curve_keys(tmp_path / "server.key", server)
-    (tmp_path / "allow").write_text(f"{known.public.hex()} agent\n")
+    (tmp_path / "allow").write_text(f"{known.public.hex()} agent@a\n")
     daemon = Sequencer(
         tmp_path,
         INTENTD_SEQUENCER__TURNS__KEY_FILE=str(tmp_path / "server.key"),
@@ -312,7 +312,12 @@ def test_curve_lets_in_only_listed_keys(tmp_path: Path) -> None:
             client.socket.setsockopt(zmq.CURVE_SERVERKEY, server.public)
             client.connect()
             try:
+                if keys is known:  # but not under another's name
+                    refusal = client.ask(wire.Hello("link", "b", 1, 0, 1, 0))
+                    assert isinstance(refusal, wire.Error)
+                    assert refusal.code == wire.ERROR_NAME
                 client.hello()
+                assert client.tickets().first == 1
                 answered.append(keys)
             except zmq.Again:
                 pass

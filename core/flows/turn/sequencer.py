@@ -140,7 +140,7 @@ class SequencerCore:
         self._recover_until = now + settings.recover_s
         self._served = {wire.name_id(name) for name in settings.domains}
         self._domains: dict[int, _Domain] = {}
-        self._sessions: dict[bytes, dict[int, _Member]] = {}
+        self.sessions: dict[bytes, dict[int, _Member]] = {}  # by connection; for the shell to read
         self._members = 0
         self._first_id = 1  # for new domains: above every id of domains forgotten
         self.requests = 0
@@ -174,7 +174,7 @@ class SequencerCore:
         """The answer to a frame, if any. peer: its connection. Never raises for bytes."""
         if len(frame) == _REQUEST_BYTES and frame[:2] == _REQUEST_HEAD:
             _, _, class_index, count, number, acked, domain_id, epoch = _unpack_request(frame)
-            session = self._sessions.get(peer)
+            session = self.sessions.get(peer)
             if session is not None and epoch == self.epoch:
                 member = session.get(domain_id)
                 if member is not None:
@@ -237,7 +237,7 @@ class SequencerCore:
             "recovering": self.recovering,
             "requests": self.requests,
             "ids": self.ids,
-            "sessions": len(self._sessions),
+            "sessions": len(self.sessions),
             "counts": dict(self.counts),
             "domains": {
                 domain.name: {
@@ -335,7 +335,7 @@ class SequencerCore:
         return None
 
     def _member(self, peer: bytes, domain_id: int, epoch: int) -> _Member | None:
-        session = self._sessions.get(peer)
+        session = self.sessions.get(peer)
         member = session.get(domain_id) if session and epoch == self.epoch else None
         if member is None:
             self.counts["unknown_sender"] += 1
@@ -395,6 +395,10 @@ class SequencerCore:
         self.counts["hellos"] += 1
         sender = wire.name_id(hello.name)
         domain_id = wire.name_id(hello.domain)
+        for other in self.sessions.get(peer, {}).values():
+            if other.name != hello.name:
+                text = "this connection has registered another name"
+                return self._refuse(domain_id, wire.ERROR_NAME, hello, text)
         domain = self._domains.get(domain_id)
         member = domain.members.get(sender) if domain else None
         if member is not None and member.boot == hello.boot:
@@ -565,14 +569,14 @@ class SequencerCore:
         if member.peer != peer:
             self._unbind(member)
             member.peer = peer
-        self._sessions.setdefault(peer, {})[member.domain.id] = member
+        self.sessions.setdefault(peer, {})[member.domain.id] = member
 
     def _unbind(self, member: _Member) -> None:
-        session = self._sessions.get(member.peer)
+        session = self.sessions.get(member.peer)
         if session is not None and session.get(member.domain.id) is member:
             del session[member.domain.id]
             if not session:
-                del self._sessions[member.peer]
+                del self.sessions[member.peer]
 
     def _expire(self, member: _Member, now: float) -> None:
         """Its lease ran out, or another process took its name: what it held is over, in doubt."""

@@ -46,7 +46,15 @@ ERROR_BUSY: Final = 2  # a bound is reached: ids outstanding, requests in flight
 ERROR_DOMAIN: Final = 3  # this sequencer does not serve the domain, or serves too many
 ERROR_SUPERSEDED: Final = 4  # another process with this name has registered since
 ERROR_LIMIT: Final = 5  # too many members
-ERROR_CODES: Final = (ERROR_VERSION, ERROR_BUSY, ERROR_DOMAIN, ERROR_SUPERSEDED, ERROR_LIMIT)
+ERROR_NAME: Final = 6  # the name is not the one this connection may use
+ERROR_CODES: Final = (
+    ERROR_VERSION,
+    ERROR_BUSY,
+    ERROR_DOMAIN,
+    ERROR_SUPERSEDED,
+    ERROR_LIMIT,
+    ERROR_NAME,
+)
 
 REQUEST_STRUCT: Final = Struct("!BBBHIIQQ")
 TICKETS_STRUCT: Final = Struct("!BBBHIQQQQ")

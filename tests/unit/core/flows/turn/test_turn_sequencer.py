@@ -203,6 +203,14 @@ def test_served_domains_are_the_named_ones() -> None:
     assert refused.code == wire.ERROR_DOMAIN
 
 
+def test_a_connection_keeps_its_name() -> None:
+    core = serving()
+    hello(core, "a")
+    refused = ask(core, "a", wire.Hello("link", "b", 7, 0, 1, 0))
+    assert isinstance(refused, wire.Error)
+    assert refused.code == wire.ERROR_NAME
+
+
 def test_newer_versions_get_an_answer() -> None:
     core = serving()
     frame = bytearray(wire.encode(wire.Goodbye(DOMAIN, EPOCH)))

@@ -86,10 +86,11 @@ class Connection:
         self.server = server
         self.sock = sock
         self.flow: Flow | None = None
+        self.class_index = -1  # of its last flow; -1: none yet
         client.loop.add_reader(sock.fileno(), self._readable)
 
     def ask(self, flow: Flow, turn: Turn) -> None:
-        self.flow = flow
+        self.flow, self.class_index = flow, turn.class_index
         self.sock.send(
             encode_request(
                 Request(
@@ -121,6 +122,34 @@ class Connection:
             self.client.gate.announce(flow.index)
 
 
+class IdleConnections:
+    """Idle connections to one server, taken by class, the most recently used first.
+
+    A connection's congestion window fits the flows it carried: a large flow on one that only saw
+    small ones would begin with slow start at every turn of its class.
+    """
+
+    def __init__(self) -> None:
+        self._by_class: dict[int, dict[Connection, None]] = {}
+
+    def put(self, connection: Connection) -> None:
+        self._by_class.setdefault(connection.class_index, {})[connection] = None
+
+    def take(self, class_index: int) -> Connection | None:
+        """One of the class, else one never used, else any."""
+        for index in (class_index, -1, *self._by_class):
+            idle = self._by_class.get(index)
+            if idle:
+                return idle.popitem()[0]
+        return None
+
+    def discard(self, connection: Connection) -> None:
+        self._by_class.get(connection.class_index, {}).pop(connection, None)
+
+    def all(self) -> list[Connection]:
+        return [connection for idle in self._by_class.values() for connection in idle]
+
+
 class Client:
     """Plays the trace. One object a process."""
 
@@ -136,7 +165,7 @@ class Client:
         self._next = 0
         self._start = 0.0
         self._timer = TimerFd()
-        self._free: list[deque[Connection]] = [deque() for _ in plan.servers]
+        self._free = [IdleConnections() for _ in plan.servers]
         self._count = [0] * len(plan.servers)
         self._queued: list[deque[Flow]] = [deque() for _ in plan.servers]
         self._connecting: set[asyncio.Task[None]] = set()
@@ -148,7 +177,7 @@ class Client:
         await self.gate.start()
         for server in range(len(self.plan.servers)):
             for _ in range(self.plan.pool):
-                self._free[server].append(await self._connect(server))
+                self._free[server].put(await self._connect(server))
 
     async def _connect(self, server: int) -> Connection:
         host, port = self.plan.servers[server]
@@ -226,11 +255,10 @@ class Client:
 
     def _send(self, flow: Flow) -> None:
         server = flow.plan.server
-        free = self._free[server]
-        while free:
-            connection = free.pop()
+        turn = flow.turn or Turn()
+        while (connection := self._free[server].take(turn.class_index)) is not None:
             try:
-                connection.ask(flow, flow.turn or Turn())
+                connection.ask(flow, turn)
             except OSError:
                 self._drop(connection)
                 continue
@@ -256,7 +284,7 @@ class Client:
     def _idle(self, connection: Connection) -> None:
         queued = self._queued[connection.server]
         if not queued:
-            self._free[connection.server].append(connection)
+            self._free[connection.server].put(connection)
             return
         flow = queued.popleft()
         connection.ask(flow, flow.turn or Turn())
@@ -302,8 +330,7 @@ class Client:
         self.loop.remove_reader(connection.sock.fileno())
         connection.sock.close()
         self._count[connection.server] -= 1
-        with contextlib.suppress(ValueError):
-            self._free[connection.server].remove(connection)
+        self._free[connection.server].discard(connection)
 
     async def close(self) -> None:
         for task in list(self._connecting):
@@ -311,7 +338,7 @@ class Client:
         self.loop.remove_reader(self._timer.fd)
         self._timer.close()
         for free in self._free:
-            for connection in list(free):
+            for connection in free.all():
                 self._drop(connection)
         for flow in self.stalled.values():
             self.gate.finish(flow.index)

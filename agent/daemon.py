@@ -16,9 +16,11 @@ from typing import Any, ClassVar, Final
 
 from intentd.agent.app_socket import AppSocket
 from intentd.agent.config import AgentConfig, DomainSection
+from intentd.agent.domain import Domain, Route, parse_network
+from intentd.agent.explain import explain
 from intentd.agent.marking import mark
 from intentd.agent.metrics import AgentCollector
-from intentd.agent.shell import Domain, GateShell, Route, explain, parse_network
+from intentd.agent.shell import GateShell
 from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
 from intentd.agent.turns import Sequenced, Turns
 from intentd.core.errors import ConfigError, InputError, IntentdError

@@ -12,159 +12,30 @@ import logging
 import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_protocol import FromApplication, ProtocolError
 from intentd.agent.app_socket import Application
+from intentd.agent.domain import SENDING, WAITING, Domain, FlowRecord, Route
+from intentd.agent.explain import explain, finite_threshold
 from intentd.agent.marking import Marked
-from intentd.agent.measure import Meter, quantiles
+from intentd.agent.measure import quantiles
 from intentd.core.errors import InputError
 from intentd.core.flows.gate import GateFullError, Release
-from intentd.core.flows.policy import ClassPolicy, DomainPolicy
+from intentd.core.flows.policy import DomainPolicy
 
 log = logging.getLogger(__name__)
 
-WAITING: Final = "waiting"
-SENDING: Final = "sending"
 RECENT: Final = 4096  # ended flows that `explain` still knows
-_UINT32_MAX: Final = 2**32 - 1
 _STAMP_SLACK_NS: Final = 1_000_000
 _ROUTES: Final = 4096  # peers whose domain is remembered
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Marker(Protocol):
     """marking.mark: sets a socket's SO_PRIORITY and DSCP. Raises OSError."""
 
     def __call__(self, sock: socket.socket, *, priority: int, dscp: int) -> Marked: ...
-
-
-class Gate(Protocol):
-    """What the shell drives: FlowGate's calls; DomainGate has them and the turn protocol's."""
-
-    def arrive(
-        self, flow: int, size_bytes: int, *, now: float, class_index: int | None = None
-    ) -> list[Release]: ...
-    def finish(self, flow: int, *, now: float) -> list[Release]: ...
-    def cancel(self, flow: int, *, now: float) -> list[Release]: ...
-    def announce(self, flow: int, *, now: float) -> list[Release]: ...
-    def expire(self, *, now: float) -> list[Release]: ...
-    def next_timer(self) -> float | None: ...
-    def set_policy(self, policy: DomainPolicy, *, now: float) -> list[Release]: ...
-    def class_index_of(self, flow: int) -> int | None: ...
-    def queue_lengths(self) -> list[int]: ...
-    def active(self) -> list[int]: ...
-
-
-class FlowRecord:
-    """One flow, from OPEN to its end, and a while longer for `explain`."""
-
-    __slots__ = (
-        "ahead",
-        "application",
-        "arrived",
-        "class_index",
-        "degraded",
-        "domain",
-        "ended",
-        "flow",
-        "hint",
-        "mark",
-        "name",
-        "number",
-        "outcome",
-        "peer",
-        "pid",
-        "policy",
-        "previous_end_ns",
-        "queues",
-        "released",
-        "request",
-        "sent_bytes",
-        "size",
-        "started_ns",
-        "uid",
-    )
-
-    def __init__(
-        self, flow: int, application: Application, message: wire.Open, domain: Domain | None
-    ) -> None:
-        self.flow = flow
-        self.application: Application | None = application
-        self.name, self.pid, self.uid = application.name, application.pid, application.uid
-        self.request = message.request
-        self.domain = domain
-        self.size = message.size_bytes
-        self.peer = message.peer
-        self.hint = message.class_hint
-        self.policy = domain.policy if domain is not None else None
-        self.number = domain.number if domain is not None else (0, 0)
-        self.class_index = 0
-        self.arrived = 0.0
-        self.released = -1.0
-        self.ended = -1.0
-        self.degraded = ""
-        self.outcome = WAITING
-        self.queues: tuple[int, ...] = ()
-        self.ahead = 0
-        self.sent_bytes = 0
-        self.started_ns = 0
-        self.previous_end_ns = 0
-        self.mark: tuple[int, int] | None = None  # SO_PRIORITY and DSCP of the passed socket
-
-
-class Domain:
-    """One link domain of this host: its gate, policy, meter, and how its flows are marked."""
-
-    def __init__(self, name: str, policy: DomainPolicy, gate: Gate) -> None:
-        self.name = name
-        self.policy = policy
-        self.gate = gate
-        self.number: tuple[int, int] = (0, 0)
-        self.meter = Meter()
-        self.shaped = False
-        self.priorities: tuple[int, ...] = ()  # SO_PRIORITY per class; empty: not marked
-        self.early_fin_bytes = 0
-        self.timer: float | None = None
-        self.grant_flags = 0
-        self.adopt(policy, (0, 0))
-
-    def adopt(self, policy: DomainPolicy, number: tuple[int, int]) -> None:
-        """Remember the policy the gate now follows."""
-        cut = [cls.threshold_bytes for cls in policy.classes]
-        if cut != [cls.threshold_bytes for cls in self.policy.classes]:
-            self.meter.forget_classes()
-        self.policy, self.number = policy, number
-        self.early_fin_bytes = min(policy.early_fin_bytes, _UINT32_MAX)
-        self.rate_bps = int(policy.rate_bps)
-        self.max_wait_ms = min(int(policy.max_wait_s * 1000) + 1, _UINT32_MAX)
-
-    def mark_with(self, priorities: tuple[int, ...], shaped: bool) -> None:
-        self.priorities, self.shaped = priorities, shaped
-        self.grant_flags = wire.GRANT_SHAPED if shaped else 0
-
-    def priority(self, class_index: int) -> int:
-        return self.priorities[class_index] if class_index < len(self.priorities) else 0
-
-    def dscp(self, class_index: int) -> int:
-        classes = self.policy.classes
-        return classes[class_index].dscp if class_index < len(classes) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Flows to peers in network belong to domain."""
-
-    network: Network
-    domain: str
-
-
-def parse_network(text: str) -> Network:
-    """An address or network as text. Raises ValueError."""
-    return ipaddress.ip_network(text)
 
 
 class Counts:
@@ -666,7 +537,7 @@ class GateShell:
             "classes": [
                 {
                     "index": index,
-                    "threshold_bytes": _finite(cls),
+                    "threshold_bytes": finite_threshold(cls),
                     "weight": cls.weight,
                     "mpl": cls.mpl,
                     "order": cls.order,
@@ -706,92 +577,3 @@ class GateShell:
             expected = f"an open flow or one of the last {self._recent.maxlen} that ended here"
             raise InputError("flow", flow, expected)
         return explain(record, self._now())
-
-
-def explain(record: FlowRecord, now: float) -> dict[str, Any]:
-    """A record as a story in plain types."""
-    plain: dict[str, Any] = {
-        "flow": record.flow,
-        "application": {"name": record.name, "pid": record.pid, "uid": record.uid},
-        "request": record.request,
-        "peer": record.peer or None,
-        "size_bytes": record.size,
-        "domain": record.domain.name if record.domain is not None else None,
-        "class": record.class_index,
-        "state": record.outcome,
-        "arrived_s_ago": max(0.0, now - record.arrived),
-        "waited_s": (record.released if record.released >= 0 else now) - record.arrived,
-        "start": _start(record),
-        "bytes_sent": record.sent_bytes,
-        "fct_s": record.ended - record.arrived if record.ended >= 0 else None,
-        "mark": {"priority": record.mark[0], "dscp": record.mark[1]} if record.mark else None,
-    }
-    policy = record.policy
-    if policy is None:
-        plain["because"] = ["no domain of this host applies to the peer: not gated"]
-        return plain
-    plain["policy"] = {
-        "name": policy.name,
-        "era": record.number[0],
-        "number": record.number[1],
-        "max_wait_s": policy.max_wait_s,
-    }
-    plain["because"] = _because(record, policy)
-    plain["alternatives"] = _alternatives(record, policy)
-    return plain
-
-
-def _start(record: FlowRecord) -> str:
-    if record.released < 0:
-        return "not yet" if record.outcome == WAITING else "never"
-    return f"degraded: {record.degraded}" if record.degraded else "ordered"
-
-
-def _because(record: FlowRecord, policy: DomainPolicy) -> list[str]:
-    index = min(record.class_index, len(policy.classes) - 1)
-    cls = policy.classes[index]
-    lines = []
-    if record.hint != wire.NO_CLASS:
-        lines.append(f"class {index}: named by the application")
-    else:
-        lines.append(f"class {index}: size {record.size} <= threshold {cls.threshold_bytes:g}")
-    if cls.mpl == 0:
-        lines.append("no gate in this class: it starts at once")
-    elif not record.queues:
-        lines.append(f"fewer than {cls.mpl} of the class were sending and none waited: no wait")
-    else:
-        lines.append(
-            f"{record.ahead} flows of the class were ahead and {cls.mpl} may send at a time, "
-            f"order {cls.order}, sequenced {cls.sequencing}"
-        )
-    if record.degraded:
-        lines.append(f"started outside the guaranteed order: {record.degraded}")
-    lines.append(f"the class has {cls.weight:.3f} of the link while all classes are busy")
-    return lines
-
-
-def _alternatives(record: FlowRecord, policy: DomainPolicy) -> list[dict[str, Any]]:
-    """The other classes: what decided against each, and how many waited there then."""
-    rows = []
-    for index, cls in enumerate(policy.classes):
-        if index == record.class_index:
-            continue
-        fits = record.size <= cls.threshold_bytes
-        why = "a class before it takes this size" if fits else "the flow is larger"
-        if record.hint != wire.NO_CLASS:
-            why = "the application named another class"
-        waiting = record.queues[index] if index < len(record.queues) else 0
-        rows.append(
-            {
-                "class": index,
-                "threshold_bytes": _finite(cls),
-                "weight": cls.weight,
-                "not_because": why,
-                "waiting_then": waiting,
-            }
-        )
-    return rows
-
-
-def _finite(cls: ClassPolicy) -> float | None:
-    return None if cls.threshold_bytes == float("inf") else cls.threshold_bytes

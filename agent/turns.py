@@ -21,7 +21,7 @@ from typing import Any, Final
 import zmq
 
 from intentd.agent.config import FinSection, SequencerSection
-from intentd.agent.shell import Domain
+from intentd.agent.domain import Domain
 from intentd.core.errors import IntentdError, WireError
 from intentd.core.flows.fin import MAX_BYTES, Fin, FinSigner, FinVerifier
 from intentd.core.flows.gate import Release

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from intentd.agent.app_socket import AppSocket, SocketLimits
+from intentd.agent.domain import Domain
 from intentd.agent.marking import mark
-from intentd.agent.shell import Domain, GateShell
+from intentd.agent.shell import GateShell
 from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 from intentd.core.flows.turn.domain import DomainGate
 

@@ -12,8 +12,9 @@ import pytest
 
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_protocol import ProtocolError
+from intentd.agent.domain import Domain, Route, parse_network
 from intentd.agent.marking import mark
-from intentd.agent.shell import Domain, GateShell, Route, parse_network
+from intentd.agent.shell import GateShell
 from intentd.core.errors import InputError
 from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 from intentd.core.flows.turn.domain import DomainGate

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from intentd.core.errors import InputError
+from intentd.core.errors import InputError, IntentdError
 from intentd.core.units import parse_duration_s, parse_rate_bps, parse_size_bytes
 from intentd.daemons.ctl.output import ExitCode, JsonOption, message, print_json, print_table
 
@@ -72,7 +72,8 @@ def run(
 ) -> None:
     """Run an experiment; results, CSV and an HTML report go to results/NAME-TIME.
 
-    Exit status 4 if a figure missed its bar, 1 if flows were lost or a daemon failed.
+    Exit status 4 if a figure missed its bar, 1 if a daemon or a process of the testbed failed.
+    With all, the others still run.
     """
     from intentd.testbed import netns, runner
     from intentd.testbed.experiments.options import Options
@@ -99,14 +100,23 @@ def run(
     documents: list[dict[str, Any]] = []
     for experiment in runner.names(name):
         directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
-        results = asyncio.run(
-            runner.run_experiment(experiment, options, directory, _progress(experiment))
-        )
+        try:
+            results = asyncio.run(
+                runner.run_experiment(experiment, options, directory, _progress(experiment))
+            )
+        except IntentdError as error:
+            if name != "all":
+                raise
+            message(f"{experiment}: {error}")
+            documents.append({"experiment": experiment, "error": str(error), "checks": []})
+            continue
         documents.append(runner.summary(results, directory))
         if not as_json:
             _show(results, directory)
     if as_json:
         print_json(documents[0] if name != "all" else {"experiments": documents})
+    if any("error" in document for document in documents):
+        raise typer.Exit(int(ExitCode.FAILED))
     if any(not check["holds"] for document in documents for check in document["checks"]):
         raise typer.Exit(int(ExitCode.DEGRADED))
 

@@ -383,20 +383,30 @@ class _Simulation:
             self.violate(f"{agent.name} flow {flow} starts in order without lease or ticket")
             return
         earlier = sending = 0
+        ours = self.given_out(member.epoch, class_index, ticket)
         for other in self.agents:
             if not other.vouches():
                 continue
             them = other.gate.member
             sending += len(them.ordered_sending(class_index))
             for held in them.held_ids(class_index):
-                older = them.epoch < member.epoch
-                earlier += (older or held < ticket) and not (other is agent and held == ticket)
+                theirs = self.given_out(them.epoch, class_index, held)
+                earlier += theirs < ours and not (other is agent and held == ticket)
         if earlier >= mpl or sending > mpl:
             self.run_.order_violations += 1
             self.violate(
                 f"{agent.name} flow {flow} starts on ({member.epoch}, {ticket}) in class "
                 f"{class_index}: {earlier} earlier ids are held, {sending} send in order, mpl {mpl}"
             )
+
+    def given_out(self, epoch: int, class_index: int, ticket: int) -> tuple[int, int]:
+        """(epoch, id) as first given out; a restarted sequencer takes ids up under their number."""
+        epochs = [
+            given
+            for (given, index), ids in self.granted.items()
+            if given <= epoch and index == class_index and ticket in ids
+        ]
+        return max(epochs), ticket
 
     def check_ids(self, answer: bytes) -> None:
         """The answer gives new ids out."""

@@ -16,6 +16,7 @@ ALL = Faults(loss=0.3, kill=True, partition=True)
 FOUND = {
     35: "a heartbeat overtaken by a request took an id from its holder that was just given",
     257: "a late repeat of a dead process's request was answered",
+    8890: "the next flow of a batch, on an id taken up in a new epoch its peer does not know yet",
     282: "a flow that arrives while its agent is stopped",
 }
 

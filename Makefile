@@ -58,10 +58,13 @@ format: $(STAMP)  ## rewrite the code in the house format
 bench: $(STAMP)  ## every benchmark (slow)
 	@for b in benchmarks/[a-z]*.py; do m=$$(basename $$b .py); echo "== $$m"; $(BIN)/python -m benchmarks.$$m --json; done
 
-reproduce: reproduce-flows  ## every study beside its published figures (slow)
+reproduce: reproduce-flows reproduce-pcs  ## every study beside its published figures (slow)
 
 reproduce-flows: $(STAMP)
 	$(BIN)/intentctl testbed run all
+
+reproduce-pcs: $(STAMP) kernel  ## chapter 3's simulations beside their published figures (slow)
+	$(BIN)/python -m intentd.testbed.reproduce_pcs --out results/pcs
 
 clean:  ## remove what builds and runs left behind
 	rm -rf $(VENV) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

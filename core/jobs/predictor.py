@@ -27,7 +27,7 @@ from intentd.core.sim.jobs import Snapshot
 
 Array = NDArray[np.float64]
 CLASSES: Final = 5
-HELD: Final = 8192  # predictions kept for learning, at least
+HELD: Final = 16384  # predictions kept for learning, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +36,29 @@ class Tuning:
 
     window: predictions after which evidence has lost 63 % of its weight. near_size, near_length:
     e-foldings in size and predicted length after which it has. start: log factor before any
-    evidence. level: quantile of the local factors that is corrected. slip_max: no slip above this
-    is extrapolated. settled: share of its life after which a job's slip counts as a result.
-    least_life: share of its life before which its slip says nothing. step: of a class's
-    correction per result, in units of the class's spread. pace: of the pooled miss rate's control.
+    evidence for the largest class; falls with the third power of the class, for large jobs are
+    the ones that later arrivals delay. level: quantile of the local factors that is corrected.
+    slip_max: no slip above this is extrapolated. settled: share of its life after which a job's
+    slip counts as a result. least_life: share of its life before which its slip says nothing.
+    step: of a class's correction per result, in units of the class's spread. memory: results over
+    which the pooled coverage is averaged; gain: how strongly its distance from the target moves
+    the miss rate asked of the classes, at most to most_misses.
     """
 
     target: float = 0.9
-    window: float = 300.0
+    window: float = 200.0
     near_size: float = 0.7
     near_length: float = 1.4
-    start: float = 0.05
-    level: float = 0.65
-    slip_max: float = 0.33
+    start: float = 0.7
+    level: float = 0.9
+    slip_max: float = 0.8
     settled: float = 0.45
     least_life: float = 0.1
-    life_power: float = 0.5
-    step: float = 0.45
-    pace: float = 0.005
-    spread: float = 0.1
-    most_misses: float = 0.35
+    step: float = 0.25
+    spread: float = 0.05
+    memory: float = 250.0
+    gain: float = 4.0
+    most_misses: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,9 @@ class Calibrator:
         self._class = np.zeros(rows, dtype=np.int64)
         self._keys: list[Hashable] = []
         self._row: dict[Hashable, int] = {}
-        self._correction = np.full(CLASSES, self.tuning.start)
+        self._correction = self.tuning.start * np.linspace(0.0, 1.0, CLASSES) ** 3
         self._spread = np.full(CLASSES, self.tuning.spread)
-        self._misses = 1 - self.tuning.target
+        self._pooled = self.tuning.target
         self._kept = np.zeros(CLASSES, dtype=np.int64)
         self._results = np.zeros(CLASSES, dtype=np.int64)
         self._plain_errors: list[float] = []
@@ -197,7 +200,7 @@ class Calibrator:
             + np.abs(self._length[part] - math.log(plain)) / tuning.near_length
             + np.arange(len(believed), 0, -1) / tuning.window
         )
-        weight = np.exp(-distance) * share**tuning.life_power * (share > tuning.least_life)
+        weight = np.exp(-distance) * share * (share > tuning.least_life)
         if weight.sum() <= 1e-12:
             return 1.0, 1.0, size_class
         slip = np.append(slip, 0.0)
@@ -228,14 +231,14 @@ class Calibrator:
         self._counted[row] = True
         self._results[size_class] += 1
         self._kept[size_class] += not missed
+        self._pooled += (float(not missed) - self._pooled) / tuning.memory
         off = abs(math.log(max(ratio, 1e-3) / self._base[row]))
         self._spread[size_class] += 0.03 * (off - self._spread[size_class])
+        allowed = (1 - tuning.target) + tuning.gain * (self._pooled - tuning.target)
+        allowed = min(max(allowed, 0.01), tuning.most_misses)
         unit = max(float(self._spread[size_class]), 0.005)
-        move = tuning.step * unit * (missed - self._misses)
-        moved = float(self._correction[size_class]) + move
+        moved = float(self._correction[size_class]) + tuning.step * unit * (missed - allowed)
         self._correction[size_class] = min(max(moved, -1.0), 2.0)
-        pooled = self._misses + tuning.pace * ((1 - tuning.target) - missed)
-        self._misses = min(max(pooled, 0.02), tuning.most_misses)
 
     def _forget(self) -> None:
         for key in self._keys[:HELD]:

@@ -1,0 +1,395 @@
+"""Calls to OpenAI-compatible providers over aiohttp: one attempt each, every failure named.
+
+Whoever calls decides about retries; here an answer is whole and valid, or there is an
+UpstreamError that says whether it may have been billed and whether another attempt may help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+
+import aiohttp
+import orjson
+
+from intentd.core.errors import IntentdError, WireError
+from intentd.core.prompts.money import Price
+from intentd.daemons.kit.clock import Clock
+from intentd.proxy.adapter.sse import DONE, EventSplitter, event_data
+from intentd.proxy.config import ModelSection, UpstreamSection
+
+MAX_ERROR_BYTES: Final = 64 << 10
+MAX_MESSAGE: Final = 1000
+_CLIENT_FAULTS: Final = frozenset({400, 404, 405, 409, 413, 415, 422})
+
+
+class UpstreamError(IntentdError):
+    """One attempt failed.
+
+    kind: refused (no connection), timeout, cut, garbage, rate_limited, status (5xx, 401, 403) or
+    request (the provider blames the request: another attempt will not help).
+    billed: the provider may have charged for it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        text: str,
+        *,
+        status: int = 0,
+        billed: bool = False,
+        retry_after_s: float = 0.0,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.status = status
+        self.billed = billed
+        self.retry_after_s = retry_after_s
+        self.details = details or {}
+        super().__init__(text)
+
+    @property
+    def retryable(self) -> bool:
+        return self.kind != "request"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the provider counted them; cached_in is a part of in_tokens."""
+
+    in_tokens: int
+    out_tokens: int
+    cached_in_tokens: int = 0
+
+    def cost_nano(self, price: Price) -> int:
+        return price.cost_nano(self.in_tokens, self.out_tokens, self.cached_in_tokens)
+
+
+def read_usage(value: object) -> Usage | None:
+    """The ``usage`` object of an answer; None when it has none or a nonsensical one."""
+    if not isinstance(value, dict):
+        return None
+    in_tokens = value.get("prompt_tokens", value.get("input_tokens"))
+    out_tokens = value.get("completion_tokens", value.get("output_tokens", 0))
+    if type(in_tokens) is not int or type(out_tokens) is not int:
+        return None
+    if not (0 <= in_tokens < 2**40 and 0 <= out_tokens < 2**40):
+        return None
+    details = value.get("prompt_tokens_details") or value.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    cached = cached if type(cached) is int else 0
+    return Usage(in_tokens, out_tokens, min(max(cached, 0), in_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer: the provider's bytes and what they decode to."""
+
+    raw: bytes
+    value: dict[str, Any]
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a stream. value: decoded, None for [DONE]."""
+
+    raw: bytes
+    value: dict[str, Any] | None
+    usage: Usage | None
+
+
+class Upstream:
+    """One model of the pool and how to reach it."""
+
+    def __init__(
+        self,
+        model: ModelSection,
+        section: UpstreamSection,
+        session: aiohttp.ClientSession,
+        api_key: str,
+        clock: Clock,
+    ) -> None:
+        self.model = model
+        self.name = model.name
+        self.upstream_model = model.upstream_model or model.name
+        self.price = model.price()
+        self._section = section
+        self._session = session
+        self._base = model.base_url.rstrip("/")
+        self._clock = clock
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    async def call(self, path: str, body: bytes, *, budget_s: float) -> Answer:
+        """One request, one whole answer, within budget_s seconds. Raises UpstreamError."""
+        limit_s = min(budget_s, self._section.first_token_timeout_s)
+        try:
+            async with asyncio.timeout(limit_s), self._post(path, body) as response:
+                if response.status != 200:
+                    raise await self._refusal(response)
+                raw = await self._read(response)
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            raise self.failed(error) from None
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise UpstreamError("garbage", f"{self.name}: the answer is not JSON", billed=True)
+        if value.get("error") is not None and "choices" not in value:
+            raise _error_object(self.name, value["error"], billed=True)
+        return Answer(raw, value, read_usage(value.get("usage")))
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, body: bytes, *, budget_s: float, choices: int = 1
+    ) -> AsyncIterator[UpstreamStream]:
+        """A stream whose first events have come. Raises UpstreamError.
+
+        choices: how many answers it carries (``n``). Leaving before its end closes the
+        connection, which stops the provider.
+        """
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + budget_s
+        first_s = min(budget_s, self._section.first_token_timeout_s)
+        response: aiohttp.ClientResponse | None = None
+        try:
+            try:
+                async with asyncio.timeout(first_s):
+                    response = await self._post(path, body)
+                    if response.status != 200:
+                        raise await self._refusal(response)
+                    stream = UpstreamStream(self, response, self._section, ends_s, choices)
+                    await stream.read_first()
+            except (aiohttp.ClientError, OSError) as error:
+                raise self.failed(error) from None
+            yield stream
+            await stream.finish()
+        finally:
+            if response is not None:
+                response.close()
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _post(self, path: str, body: bytes) -> Any:
+        return self._session.post(
+            self._base + path, data=body, headers=self._headers, allow_redirects=False
+        )
+
+    def event(self, event: bytes) -> Event | None:
+        data = event_data(event)
+        if data is None:
+            return None
+        if data == DONE:
+            return Event(event, None, None)
+        try:
+            value = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise UpstreamError("garbage", f"{self.name}: an event is not JSON", billed=True)
+        if value.get("error") is not None:
+            raise _error_object(self.name, value["error"], billed=True)
+        usage = value.get("usage")
+        return Event(event, value, None if usage is None else read_usage(usage))
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        bound = self._section.max_answer_bytes
+        if (response.content_length or 0) <= 1 << 20 and response.content_length is not None:
+            return await response.read()
+        parts: list[bytes] = []
+        size = 0
+        async for part in response.content.iter_any():
+            size += len(part)
+            if size > bound:
+                raise UpstreamError(
+                    "garbage", f"{self.name}: the answer is over {bound} bytes", billed=True
+                )
+            parts.append(part)
+        return b"".join(parts)
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
+        """What a status other than 200 means."""
+        status = response.status
+        raw = await response.content.read(MAX_ERROR_BYTES)
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            value = None
+        error = value.get("error") if isinstance(value, dict) else None
+        details = error if isinstance(error, dict) else {}
+        if status == 429:
+            return UpstreamError(
+                "rate_limited",
+                f"{self.name}: the provider limits the rate",
+                status=status,
+                retry_after_s=self._retry_after_s(response.headers.get("Retry-After", "")),
+                details=details,
+            )
+        if status in _CLIENT_FAULTS:
+            text = details.get("message")
+            return UpstreamError(
+                "request",
+                text[:MAX_MESSAGE]
+                if isinstance(text, str) and text
+                else f"{self.name}: the provider refuses the request ({status})",
+                status=status,
+                details=details,
+            )
+        return UpstreamError(
+            "timeout" if status in (408, 504) else "status",
+            f"{self.name}: the provider answers {status}",
+            status=status,
+            retry_after_s=self._retry_after_s(response.headers.get("Retry-After", "")),
+        )
+
+    def _retry_after_s(self, text: str) -> float:
+        """Seconds of a Retry-After header (a number or a date); 0 when there is none."""
+        text = text.strip()
+        if not text:
+            return 0.0
+        try:
+            wait_s = float(text)
+        except ValueError:
+            try:
+                wait_s = parsedate_to_datetime(text).timestamp() - self._clock.wall()
+            except (ValueError, TypeError, OverflowError):
+                return 0.0
+        return min(max(wait_s, 0.0), 86400.0) if wait_s == wait_s else 0.0
+
+    def failed(self, error: Exception) -> UpstreamError:
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return UpstreamError("refused", f"{self.name}: no connection to the provider")
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return UpstreamError("refused", f"{self.name}: connecting took too long")
+        if isinstance(error, TimeoutError):
+            return UpstreamError("timeout", f"{self.name}: the provider is too slow", billed=True)
+        return UpstreamError("cut", f"{self.name}: the provider cut the answer", billed=True)
+
+
+class UpstreamStream:
+    """The events of one streamed answer, in the batches they arrive in.
+
+    It ends with [DONE]. An end without one is accepted from servers that leave it out if every
+    answer gave its finish reason; else it is an UpstreamError (cut), never an end.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        response: aiohttp.ClientResponse,
+        section: UpstreamSection,
+        ends_s: float,
+        choices: int,
+    ) -> None:
+        self._upstream = upstream
+        self._content = response.content
+        self._idle_s = section.idle_timeout_s
+        self._ends_s = ends_s
+        self._choices = choices
+        self._splitter = EventSplitter(section.max_answer_bytes)
+        self._finished: set[int] = set()
+        self._ready: list[Event] = []
+        self._failure: UpstreamError | None = None
+        self.done = False
+
+    async def read_first(self) -> None:
+        """Wait for the first events, so that a failure before them can still be retried."""
+        while not self._ready:
+            self._ready = await self._batch()
+
+    async def read(self) -> list[Event]:
+        """The next events, at least one; [] once after [DONE]. Raises UpstreamError."""
+        if self._ready:
+            events, self._ready = self._ready, []
+            return events
+        if self.done:
+            return []
+        loop = asyncio.get_running_loop()
+        # Silence is counted between events: a provider that drips bytes does not count as alive.
+        until_s = min(loop.time() + self._idle_s, self._ends_s)
+        try:
+            async with asyncio.timeout_at(until_s):
+                while not (events := await self._batch()):
+                    pass
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._upstream.failed(error) from None
+        return events
+
+    async def finish(self) -> None:
+        """Take the end of the body, which mostly came with [DONE], so the connection is reused."""
+        if self.done and not self._content.at_eof():
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                async with asyncio.timeout(0.05):
+                    await self._content.readany()
+
+    async def _batch(self) -> list[Event]:
+        """Events of one read; [] when it completed none."""
+        if self._failure is not None:
+            raise self._failure
+        data = await self._content.readany()
+        try:
+            raw = self._splitter.feed(data) if data else self._splitter.finish()
+        except WireError as error:
+            raise UpstreamError("garbage", f"{self._upstream.name}: {error}", billed=True) from None
+        events: list[Event] = []
+        for item in raw:
+            try:
+                event = self._upstream.event(item)
+            except UpstreamError as error:
+                if not events:
+                    raise
+                self._failure = error  # after what came whole before it
+                return events
+            if event is None:
+                continue
+            events.append(event)
+            if event.value is None:
+                self.done = True
+                return events
+            self._note_finished(event.value)
+        if not data:
+            if len(self._finished) < self._choices or self._splitter.pending:
+                raise UpstreamError(
+                    "cut", f"{self._upstream.name}: the stream ended early", billed=True
+                )
+            events.append(Event(b"data: " + DONE, None, None))
+            self.done = True
+        return events
+
+    def _note_finished(self, value: dict[str, Any]) -> None:
+        choices = value.get("choices")
+        if isinstance(choices, list):
+            for choice in choices:
+                if isinstance(choice, dict) and choice.get("finish_reason") is not None:
+                    index = choice.get("index", 0)
+                    self._finished.add(index if isinstance(index, int) else 0)
+
+
+def _error_object(name: str, error: object, *, billed: bool) -> UpstreamError:
+    """An error inside a 200: some servers send one instead of an answer."""
+    details = error if isinstance(error, dict) else {}
+    text = details.get("message")
+    shown = text[:MAX_MESSAGE] if isinstance(text, str) else "no message"
+    return UpstreamError(
+        "status", f"{name}: the provider reports: {shown}", billed=billed, details=details
+    )
+
+
+def open_session(section: UpstreamSection) -> aiohttp.ClientSession:
+    """The one session to providers: no cookies, no proxies from the environment, no redirects."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=section.max_connections, ttl_dns_cache=60, keepalive_timeout=30
+        ),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=section.connect_timeout_s),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        read_bufsize=1 << 18,
+    )

@@ -1,0 +1,173 @@
+"""One request of a client as the proxy works on it: what to ask upstream, what became of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+
+from intentd.core.prompts.budgets import most_tokens
+from intentd.core.prompts.money import format_dollars
+from intentd.proxy.adapter.native import Upstream, Usage
+from intentd.proxy.keys import Key
+
+TEMPLATE_TOKENS: Final = 64  # what a chat template adds on its own, such as a default system prompt
+TOOL_TOKENS: Final = 512  # what providers add to explain tools to the model
+GUESSED_BYTES_PER_TOKEN: Final = 4  # for books without the provider's count; English prose
+
+
+@dataclass(slots=True)
+class Call:
+    """What the client asked for, validated.
+
+    path: below the provider's base URL. body: the provider's request, changed on the way.
+    size_bytes: of the request's text as JSON, images and files left out. cap: the client's own
+    bound on an answer. answers: how many it asks for; 0 when nothing is generated (embeddings).
+    """
+
+    path: str
+    body: dict[str, Any]
+    model: str
+    service_type: str
+    stream: bool = False
+    wants_usage: bool = False
+    answers: int = 1
+    cap: int | None = None
+    cap_field: str = ""
+    size_bytes: int = 0
+    images: int = 0
+    messages: int = 0
+
+    def most_in_tokens(self, upstream: Upstream) -> int:
+        """Upper bound on the input: no token is shorter than the model's min_bytes_per_token."""
+        model = upstream.model
+        tokens = math.ceil(self.size_bytes / model.min_bytes_per_token)
+        tokens += self.images * model.image_tokens
+        tokens += TEMPLATE_TOKENS + (TOOL_TOKENS if self.body.get("tools") else 0)
+        return tokens
+
+    def most_tokens(self, upstream: Upstream) -> tuple[int, int, int]:
+        """(input tokens, output tokens, cap of one answer) that the call may take at most."""
+        in_tokens = self.most_in_tokens(upstream)
+        if not self.answers:
+            return in_tokens, 0, 0
+        _, cap = most_tokens(in_tokens, self.cap, upstream.model.max_output_tokens)
+        return in_tokens, cap * self.answers, cap
+
+    def payload(self, upstream: Upstream, cap: int) -> bytes:
+        """The request for one model; cap 0 leaves the answer's length to the client."""
+        body = self.body
+        body["model"] = upstream.upstream_model
+        if cap:
+            body[self.cap_field or upstream.model.max_tokens_field] = cap
+        if self.stream and upstream.model.stream_usage:
+            options = body.get("stream_options")
+            body["stream_options"] = {**(options or {}), "include_usage": True}
+        return orjson.dumps(body)
+
+
+@dataclass(slots=True)
+class Step:
+    """One call to a model, for the metadata."""
+
+    model: str
+    purpose: str
+    outcome: str
+    usage: Usage | None = None
+    cost_nano: int = 0
+    estimated: bool = False
+    seconds: float = 0.0
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {
+            "model": self.model,
+            "purpose": self.purpose,
+            "outcome": self.outcome,
+            "ms": round(self.seconds * 1e3, 2),
+            "cost_nano": self.cost_nano,
+        }
+        if self.usage is not None:
+            plain["in_tokens"] = self.usage.in_tokens
+            plain["out_tokens"] = self.usage.out_tokens
+            plain["cached_in_tokens"] = self.usage.cached_in_tokens
+        if self.estimated:
+            plain["estimated"] = True
+        return plain
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request from its arrival to its answer; ``document`` is the metadata everyone gets."""
+
+    request_id: str
+    key: Key
+    started_s: float
+    wall_s: float
+    path: str = ""
+    service_type: str = ""
+    model: str = ""
+    stream: bool = False
+    policy: list[int] | None = None
+    context_messages: int = 0
+    steps: list[Step] = field(default_factory=list)
+    reserve_s: float = 0.0
+    wait_s: float = 0.0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    status: int = 0
+    outcome: str = ""
+
+    @property
+    def cost_nano(self) -> int:
+        return sum(step.cost_nano for step in self.steps)
+
+    def document(self) -> dict[str, Any]:
+        latency: dict[str, float] = {
+            "total": round(self.total_s * 1e3, 2),
+            "reserve": round(self.reserve_s * 1e3, 2),
+            "wait": round(self.wait_s * 1e3, 2),
+        }
+        if self.first_token_s is not None:
+            latency["first_token"] = round(self.first_token_s * 1e3, 2)
+        cost = self.cost_nano
+        return {
+            "request_id": self.request_id,
+            "service_type": self.service_type,
+            "model": self.model,
+            "models": [step.to_plain() for step in self.steps],
+            "context": {"messages": self.context_messages, "source": "client"},
+            "cache": {"status": "skip"},
+            "cost": format_dollars(cost),
+            "cost_nano": cost,
+            "estimated": any(step.estimated for step in self.steps),
+            "latency_ms": latency,
+            "policy": self.policy,
+        }
+
+    def log_document(self) -> dict[str, Any]:
+        """What GET /v1/requests/ID shows: the metadata and how it ended."""
+        return {
+            **self.document(),
+            "status": self.status,
+            "outcome": self.outcome,
+            "path": self.path,
+            "stream": self.stream,
+            "key": self.key.name,
+            "wall_s": self.wall_s,
+        }
+
+
+def guessed_usage(call: Call, answer_bytes: int) -> Usage:
+    """Tokens where the provider told none."""
+    return Usage(
+        call.size_bytes // GUESSED_BYTES_PER_TOKEN, answer_bytes // GUESSED_BYTES_PER_TOKEN
+    )
+
+
+def models_named(models: Iterable[str]) -> str:
+    """A few names for an error message."""
+    names = sorted(models)
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

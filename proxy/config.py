@@ -1,0 +1,278 @@
+"""Configuration of the proxy: where it listens, its models, keys, budgets and bounds."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar, Final
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from intentd.core.errors import ConfigError
+from intentd.core.prompts.budgets import PERIODS, UNITS
+from intentd.core.prompts.money import Price, parse_dollars
+from intentd.daemons.kit.config import (
+    DaemonConfig,
+    Duration,
+    Section,
+    Size,
+    is_loopback,
+    split_address,
+)
+
+DEFAULT_BIND: Final = "127.0.0.1:7450"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}\Z")
+_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+class ListenSection(Section):
+    """Where applications send their prompts."""
+
+    bind: str = Field(
+        default=DEFAULT_BIND,
+        description="address:port of the API. Port 0 takes a free one. Off loopback only with "
+        "keys.required.",
+    )
+    max_body_bytes: Size = Field(
+        default=16 << 20, description="Largest request body; larger ones get 413.", ge=1024
+    )
+    max_requests: int = Field(
+        default=4096,
+        description="Requests worked on at once; more get 503 with Retry-After.",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ListenSection:
+        split_address(self.bind, "bind")
+        return self
+
+
+class ModelSection(Section):
+    """One upstream model. Clients name it; what they cannot name is where it is or its key."""
+
+    name: str = Field(description="What clients say in `model`.")
+    base_url: str = Field(
+        description="The provider's OpenAI-compatible root, such as https://api.openai.com/v1."
+    )
+    upstream_model: str = Field(
+        default="", description="The provider's own name of it. Empty: the same as name."
+    )
+    api_key_env: str = Field(
+        default="",
+        description="Environment variable that holds the provider's key. Empty: no key is sent.",
+    )
+    price_in: str = Field(default="0", description="Dollars a million input tokens, as text.")
+    price_out: str = Field(default="0", description="Dollars a million output tokens, as text.")
+    price_cached_in: str = Field(
+        default="",
+        description="Dollars a million input tokens read from the provider's prompt cache. "
+        "Empty: price_in.",
+    )
+    window: int = Field(default=0, description="Context window in tokens; 0: not checked.", ge=0)
+    max_output_tokens: int = Field(
+        default=4096,
+        description="Cap on an answer where a budget has to hold money for it and the client "
+        "names no smaller one; it is sent upstream.",
+        ge=1,
+    )
+    max_tokens_field: str = Field(
+        default="max_tokens",
+        description="Field that carries the cap: max_tokens or max_completion_tokens.",
+        pattern="^(max_tokens|max_completion_tokens)$",
+    )
+    min_bytes_per_token: float = Field(
+        default=1.0,
+        description="Lower bound on the bytes of a token, to count what a prompt may cost at most "
+        "before it is sent. 1 is safe for every tokenizer; 3 holds for English prose.",
+        ge=1,
+        le=16,
+    )
+    image_tokens: int = Field(
+        default=2000, description="Most input tokens an image or a file counts for.", ge=0
+    )
+    max_concurrency: int = Field(
+        default=0, description="Calls to it at once; 0: no limit. More wait, see upstream.", ge=0
+    )
+    fallbacks: tuple[str, ...] = Field(
+        default=(),
+        description="Models asked, in order, when this one fails before its first token.",
+    )
+    stream_usage: bool = Field(
+        default=True,
+        description="Ask it for the token counts of streams (stream_options.include_usage). "
+        "Without them streams are booked by estimate.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        if not _NAME.match(self.name):
+            raise ConfigError("name", self.name, "letters, digits and ._:/+-, at most 128")
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError("base_url", self.base_url, "http://HOST/... or https://HOST/...")
+        if parts.username or parts.query or parts.fragment:
+            raise ConfigError("base_url", "(hidden)", "no credentials, query or fragment")
+        if self.api_key_env and not _ENV_NAME.match(self.api_key_env):
+            # The value may be a key somebody pasted: never shown.
+            raise ConfigError("api_key_env", "(hidden)", "the NAME of an environment variable")
+        self.price()
+        return self
+
+    def price(self) -> Price:
+        cached = (
+            parse_dollars(self.price_cached_in, "price_cached_in")
+            if (self.price_cached_in)
+            else None
+        )
+        return Price(
+            parse_dollars(self.price_in, "price_in"),
+            parse_dollars(self.price_out, "price_out"),
+            cached,
+        )
+
+
+class UpstreamSection(Section):
+    """How providers are called, and what happens when they fail."""
+
+    connect_timeout_s: Duration = Field(
+        default=5.0, description="Longest wait for a connection.", gt=0
+    )
+    first_token_timeout_s: Duration = Field(
+        default=120.0,
+        description="Longest wait for an answer, or for a stream's first event.",
+        gt=0,
+    )
+    idle_timeout_s: Duration = Field(
+        default=60.0, description="Longest silence between two events of a stream.", gt=0
+    )
+    total_timeout_s: Duration = Field(
+        default=600.0, description="Longest time for one request, its retries included.", gt=0
+    )
+    attempts: int = Field(
+        default=3,
+        description="Calls made for one request at most, fallbacks included.",
+        ge=1,
+        le=10,
+    )
+    retry_share: float = Field(
+        default=0.2,
+        description="Retries may be this share of requests in the long run, so that a failing "
+        "provider is not hit harder for failing.",
+        ge=0,
+        le=1,
+    )
+    backoff_s: Duration = Field(
+        default=0.2, description="First wait before a retry; doubles, with jitter.", ge=0
+    )
+    max_retry_after_s: Duration = Field(
+        default=10.0,
+        description="A provider that asks for a longer wait is not waited for, but passed by.",
+        ge=0,
+    )
+    cooldown_failures: int = Field(
+        default=5, description="Failures in a row after which a model is left alone.", ge=1
+    )
+    cooldown_s: Duration = Field(
+        default=5.0,
+        description="How long; then one request probes it. Doubles while probes fail, up to "
+        "twelve times this.",
+        gt=0,
+    )
+    max_waiting: int = Field(
+        default=1000,
+        description="Requests that wait for a place under max_concurrency, per model.",
+        ge=0,
+    )
+    max_answer_bytes: Size = Field(
+        default=64 << 20, description="Largest answer, or single event of a stream.", ge=1024
+    )
+    max_connections: int = Field(
+        default=2048, description="Connections to providers at once.", ge=1
+    )
+
+
+class BudgetSection(Section):
+    """A limit for everybody together or for one tenant; those of a key belong to the key."""
+
+    scope: str = Field(
+        default="global", description="global or tenant:NAME.", pattern=r"^(global|tenant:.{1,64})$"
+    )
+    unit: str = Field(default="dollars", description="dollars, tokens or requests.")
+    limit: str = Field(description='How much, as text: "25" or "0.50".')
+    period: str = Field(default="total", description="total, day or month (UTC).")
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetSection:
+        budget_limit(self.unit, self.limit)
+        if self.period not in PERIODS:
+            raise ConfigError("period", self.period, f"one of {', '.join(PERIODS)}")
+        return self
+
+
+class KeysSection(Section):
+    """Who may send prompts."""
+
+    required: bool = Field(
+        default=False,
+        description="Refuse requests without a key of the proxy (intentctl prompts keys new). "
+        "Must be true off loopback.",
+    )
+
+
+class RecordsSection(Section):
+    """What is kept of answered requests: numbers and decisions, never prompts or answers."""
+
+    max_rows: int = Field(
+        default=200_000, description="Requests kept on disk; the oldest go first.", ge=0
+    )
+    recent: int = Field(
+        default=5000, description="Requests kept in memory for GET /v1/requests/ID.", ge=1
+    )
+
+
+class ProxyConfig(DaemonConfig):
+    """Everything intentd-proxy reads from its file."""
+
+    role: ClassVar[str] = "proxy"
+
+    listen: ListenSection = Field(default=ListenSection(), description="The API.")
+    models: tuple[ModelSection, ...] = Field(default=(), description="The model pool.")
+    upstream: UpstreamSection = Field(default=UpstreamSection(), description="Calls to providers.")
+    keys: KeysSection = Field(default=KeysSection(), description="API keys.")
+    budgets: tuple[BudgetSection, ...] = Field(
+        default=(), description="Budgets that bind all keys or a tenant's."
+    )
+    records: RecordsSection = Field(default=RecordsSection(), description="The request log.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ProxyConfig:
+        seen: set[str] = set()
+        for index, model in enumerate(self.models):
+            if model.name in seen:
+                raise ConfigError(f"models[{index}].name", model.name, "a name used once")
+            seen.add(model.name)
+        for index, model in enumerate(self.models):
+            for place, name in enumerate(model.fallbacks):
+                if name not in seen or name == model.name:
+                    raise ConfigError(
+                        f"models[{index}].fallbacks[{place}]", name, "another model of the pool"
+                    )
+        host, _ = split_address(self.listen.bind, "listen.bind")
+        if not is_loopback(host) and not self.keys.required:
+            raise ConfigError(
+                "listen.bind", self.listen.bind, "a loopback address, or keys.required = true"
+            )
+        return self
+
+
+def budget_limit(unit: str, limit: object) -> tuple[str, int]:
+    """(ledger unit, integer limit) of a unit and limit as people write them. Raises InputError."""
+    if unit in ("dollars", "nano_dollars"):
+        return "nano_dollars", parse_dollars(limit, "limit")
+    if unit not in UNITS:
+        raise ConfigError("unit", unit, "dollars, tokens or requests")
+    text = str(limit).strip()
+    if not text.isdecimal() or len(text) > 18:
+        raise ConfigError("limit", limit, f"a number of {unit} >= 0")
+    return unit, int(text)

@@ -1,0 +1,333 @@
+"""intentd-proxy: language-model prompts for less (dissertation, chapter 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections import defaultdict
+from typing import Any, ClassVar, Final
+
+import aiohttp
+from aiohttp import web
+
+from intentd.core.errors import ConfigError, InputError, IntentdError
+from intentd.core.messages import NumberedPolicy, PolicyAck
+from intentd.core.prompts.budgets import BudgetRule
+from intentd.core.prompts.health import HealthState
+from intentd.daemons.kit.admin import AdminRefusedError
+from intentd.daemons.kit.config import split_address
+from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
+from intentd.daemons.kit.link import MemberLink
+from intentd.daemons.kit.store import Store
+from intentd.proxy.adapter.native import Upstream, open_session
+from intentd.proxy.config import ProxyConfig, budget_limit
+from intentd.proxy.engine import Engine
+from intentd.proxy.keys import Keys
+from intentd.proxy.ledger import Ledger
+from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.server import Api
+from intentd.proxy.store.sqlite import MIGRATIONS
+
+_log = logging.getLogger(__name__)
+
+STORE_FILE: Final = "proxy.sqlite"
+PROBE_S: Final = 2.0
+MAX_SPEND_DAYS: Final = 3660
+
+
+class ProxyDaemon(Daemon[ProxyConfig]):
+    """One process that owns its database and its port."""
+
+    role: ClassVar[str] = "proxy"
+    config_model = ProxyConfig
+
+    def __init__(self, config: ProxyConfig, kit: Kit) -> None:
+        super().__init__(config, kit)
+        self.address = ""
+        self.api: Api | None = None
+        self._store: Store | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._runner: web.ServerRunner | None = None
+        self._site: web.TCPSite | None = None
+        self._link: MemberLink | None = None
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        config, kit = self.config, self.kit
+        self._store = Store(config.state_dir / STORE_FILE, MIGRATIONS)
+        ledger = Ledger(self._store, kit.clock, max_rows=config.records.max_rows)
+        ledger.open()
+        metrics = ProxyMetrics(self._gauges)
+        kit.metrics.registry.register(metrics)
+        self._session = open_session(config.upstream)
+        engine = Engine(config.upstream, ledger, metrics, kit.clock, kit.rng)
+        self.api = Api(
+            config, engine, Keys(self._store, kit.clock), ledger, metrics, kit.metrics, kit.clock
+        )
+        self._take(config)
+        tasks.create_task(ledger.run(), name="ledger")
+        tasks.create_task(self._probe_store(self._store), name="store probe")
+        await self._listen(self.api)
+        if config.controller.enabled:
+            self._link = MemberLink(
+                config,
+                kit,
+                on_policy=self._on_policy,
+                collect_report=lambda: {"prompts": self._report()},
+                capabilities=lambda: {"api": self.address},
+            )
+            await self._link.start(tasks)
+        _log.info("serving", extra={"api": self.address, "models": len(config.models)})
+
+    async def reload(self, config: ProxyConfig) -> None:
+        """Models, budgets, keys and bounds; the listening address needs a restart."""
+        if config.listen != self.config.listen:
+            raise ConfigError("listen", "changed", "a restart to change it")
+        if config.upstream.max_connections != self.config.upstream.max_connections:
+            raise ConfigError("upstream.max_connections", "changed", "a restart to change it")
+        self._take(config)
+        if self._link is not None:
+            self._link.reconfigure(config.controller)
+
+    async def drain(self, deadline_s: float) -> None:
+        """No new connections; requests on open ones get 503; what runs is finished."""
+        if self._site is not None:
+            await self._site.stop()
+        api = self.api
+        if api is not None:
+            api.draining = True
+            await api.idle.wait()
+
+    async def stop(self) -> None:
+        if self._link is not None:
+            await self._link.stop()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._session is not None:
+            await self._session.close()
+        if self.api is not None:
+            await self.api.ledger.close()
+        if self._store is not None:
+            self._store.close()
+
+    def unready(self) -> list[str]:
+        reasons = self._link.unready() if self._link is not None else []
+        if self._store is not None:
+            reasons = [*reasons, *self._store.unready()]
+        api = self.api
+        if api is not None:
+            if not api.engine.models:
+                reasons = [*reasons, "no models configured"]
+            elif all(
+                model.health.state is HealthState.OPEN for model in api.engine.models.values()
+            ):
+                reasons = [*reasons, "every model cools down"]
+        return reasons
+
+    def status(self) -> dict[str, Any]:
+        api = self.api
+        if api is None:
+            return {}
+        now = self.kit.clock.now()
+        return {
+            "api": self.address,
+            "active": api.active,
+            "keys": len(api.keys),
+            "models": {
+                model.name: {
+                    "state": model.health.state.value,
+                    "reason": model.health.reason,
+                    "wait_s": round(model.health.wait_s(now), 3),
+                    "calls": model.places.taken,
+                }
+                for model in api.engine.models.values()
+            },
+            "ledger": {
+                "open_reservations": api.ledger.open_reservations,
+                "recovered": api.ledger.recovered,
+                "write_failures": api.ledger.write_failures,
+                "dropped_records": api.ledger.dropped_records,
+            },
+        }
+
+    async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        api = self.api
+        if api is None:
+            raise AdminRefusedError("the proxy is starting", "starting")
+        try:
+            match command:
+                case "keys":
+                    return {"keys": [key.to_plain() for key in api.keys.all()]}
+                case "keys.new":
+                    key, secret = api.keys.new(
+                        _text(args, "name"),
+                        str(args.get("tenant", "default")),
+                        _grants(args),
+                        _expiry(args),
+                    )
+                    return {"key": key.to_plain(), "secret": secret}
+                case "keys.change":
+                    return {"key": api.keys.change(_text(args, "name"), _grants(args)).to_plain()}
+                case "keys.revoke":
+                    return {"key": api.keys.revoke(_text(args, "name")).to_plain()}
+                case "spend":
+                    days = args.get("days", 30)
+                    if type(days) is not int or not 1 <= days <= MAX_SPEND_DAYS:
+                        raise InputError("days", days, f"1 to {MAX_SPEND_DAYS}")
+                    return self._spend(api, days)
+                case "models":
+                    return {"models": self._models(api)}
+        except InputError as error:
+            raise AdminRefusedError(str(error), "bad_request") from None
+        return await super().admin(command, args)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _take(self, config: ProxyConfig) -> None:
+        """Build everything of a configuration, then swap. Raises ConfigError, changing nothing."""
+        api, session = self.api, self._session
+        if api is None or session is None:
+            return
+        upstreams = {}
+        for index, model in enumerate(config.models):
+            secret = ""
+            if model.api_key_env:
+                secret = os.environ.get(model.api_key_env, "")
+                if not secret or not secret.isascii() or not secret.isprintable():
+                    raise ConfigError(
+                        f"models[{index}].api_key_env",
+                        model.api_key_env,
+                        "an environment variable that holds the provider's key",
+                    )
+            upstreams[model.name] = Upstream(
+                model, config.upstream, session, secret, self.kit.clock
+            )
+        shared: dict[str, list[BudgetRule]] = defaultdict(list)
+        for budget in config.budgets:
+            unit, limit = budget_limit(budget.unit, budget.limit)
+            shared[budget.scope].append(BudgetRule(budget.scope, unit, limit, budget.period))
+        api.engine.set_pool(upstreams, config.upstream)
+        api.engine.shared_budgets = {scope: tuple(rules) for scope, rules in shared.items()}
+        api.config = config
+
+    async def _listen(self, api: Api) -> None:
+        bind = self.config.listen.bind
+        host, port = split_address(bind, "listen.bind")
+        self._runner = web.ServerRunner(api.server(), handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, host, port, backlog=1024)
+        try:
+            await self._site.start()
+        except OSError as error:
+            reason = (
+                "in use by another process"
+                if error.errno == errno.EADDRINUSE
+                else error.strerror or str(error)
+            )
+            raise IntentdError(f"listen.bind: {bind} is not available: {reason}") from None
+        host, port = self._runner.addresses[0][:2]
+        self.address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+    async def _probe_store(self, store: Store) -> None:
+        """A store that failed is tried again, so that readiness comes back by itself."""
+        while True:
+            await self.kit.clock.sleep(PROBE_S)
+            if store.unready():
+                await store.run(lambda it: it.probe())
+
+    def _gauges(self) -> dict[str, Any]:
+        api = self.api
+        if api is None:
+            return {}
+        models = api.engine.models.values()
+        return {
+            "active_requests": api.active,
+            "open_reservations": api.ledger.open_reservations,
+            "dropped_records": api.ledger.dropped_records,
+            "model_available": {
+                model.name: float(model.health.state is not HealthState.OPEN) for model in models
+            },
+            "model_calls": {model.name: model.places.taken for model in models},
+        }
+
+    def _models(self, api: Api) -> list[dict[str, Any]]:
+        status = self.status()["models"]
+        return [
+            {
+                "name": model.name,
+                "base_url": model.upstream.model.base_url,
+                "price_in": model.upstream.model.price_in,
+                "price_out": model.upstream.model.price_out,
+                "window": model.upstream.model.window,
+                "fallbacks": list(model.upstream.model.fallbacks),
+                **status[model.name],
+            }
+            for model in api.engine.models.values()
+        ]
+
+    def _spend(self, api: Api, days: int) -> dict[str, Any]:
+        return {
+            "rows": api.ledger.spend(days),
+            "accounts": [
+                {
+                    "account": account.account_id,
+                    "unit": account.unit,
+                    "limit": account.limit,
+                    "spent": account.spent,
+                    "reserved": account.reserved,
+                    "left": account.left,
+                }
+                for account in api.ledger.accounts()
+            ],
+        }
+
+    def _report(self) -> dict[str, Any]:
+        """What the controller hears: counts since boot, by model, service type and outcome."""
+        api = self.api
+        if api is None:
+            return {}
+        metrics = api.metrics
+        return {
+            "requests": [[*key, count] for key, count in metrics.requests.items()],
+            "tokens": [[*key, count] for key, count in metrics.tokens.items()],
+            "cost_nano": dict(metrics.cost_nano),
+            "retries": metrics.retries,
+        }
+
+    def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:
+        return PolicyAck(
+            policy.application, policy.era, policy.number, applied=False,
+            reason="this proxy takes no policies yet",
+        )  # fmt: skip
+
+
+def _text(args: dict[str, Any], field: str) -> str:
+    value = args.get(field)
+    if not isinstance(value, str):
+        raise InputError(field, value, "text")
+    return value
+
+
+def _grants(args: dict[str, Any]) -> dict[str, Any]:
+    value = args.get("grants", {})
+    if not isinstance(value, dict):
+        raise InputError("grants", value, "an object")
+    return value
+
+
+def _expiry(args: dict[str, Any]) -> float | None:
+    value = args.get("expires_wall_s")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise InputError("expires_wall_s", value, "seconds since 1970")
+    return float(value)
+
+
+def main() -> int:
+    return run_daemon(ProxyDaemon)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

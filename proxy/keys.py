@@ -1,0 +1,235 @@
+"""API keys of the proxy: who may ask what, and how much. Only their hashes are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from intentd.core.errors import InputError
+from intentd.core.prompts.budgets import BudgetRule
+from intentd.core.prompts.limits import Rate
+from intentd.daemons.kit.clock import Clock
+from intentd.daemons.kit.store import Store
+from intentd.proxy.config import budget_limit
+from intentd.proxy.errors import ApiError
+from intentd.proxy.store import sqlite
+
+PREFIX: Final = "sk-intentd-"
+MAX_KEYS: Final = 100_000
+MAX_BUDGETS: Final = 16
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """What a key may do. Empty models or service_types: all of them."""
+
+    models: tuple[str, ...] = ()
+    service_types: tuple[str, ...] = ()
+    rate: Rate | None = None
+    budgets: tuple[BudgetRule, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "models": list(self.models),
+            "service_types": list(self.service_types),
+            "rate": None
+            if self.rate is None
+            else {"per_second": self.rate.per_second, "burst": self.rate.burst},
+            "budgets": [
+                {"unit": rule.unit, "limit": rule.limit, "period": rule.period}
+                for rule in self.budgets
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key, without its secret. key_id names it in accounts and logs."""
+
+    key_id: str
+    name: str
+    tenant: str
+    grants: Grants = Grants()
+    created_wall_s: float = 0.0
+    expires_wall_s: float | None = None
+    revoked: bool = False
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "id": self.key_id,
+            "name": self.name,
+            "tenant": self.tenant,
+            "created_wall_s": self.created_wall_s,
+            "expires_wall_s": self.expires_wall_s,
+            "revoked": self.revoked,
+            **self.grants.to_plain(),
+        }
+
+
+ANONYMOUS: Final = Key("anonymous", "anonymous", "default")
+
+
+def key_hash(token: str) -> str:
+    # Keys carry 256 random bits: a plain digest cannot be guessed back, and costs a microsecond.
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_grants(plain: Mapping[str, Any], scope: str) -> Grants:
+    """Grants as intentctl and the database spell them. Raises InputError naming the field."""
+    known = {"models", "service_types", "rate", "budgets"}
+    for name in plain:
+        if name not in known:
+            raise InputError(name, plain[name], f"one of {', '.join(sorted(known))}")
+    rate = plain.get("rate")
+    if rate is not None:
+        if not isinstance(rate, Mapping) or set(rate) != {"per_second", "burst"}:
+            raise InputError("rate", rate, "per_second and burst")
+        rate = Rate(_number(rate, "per_second"), _number(rate, "burst"))
+    budgets = plain.get("budgets", [])
+    if not isinstance(budgets, (list, tuple)) or len(budgets) > MAX_BUDGETS:
+        raise InputError("budgets", budgets, f"a list of at most {MAX_BUDGETS}")
+    return Grants(
+        _names(plain, "models"),
+        _names(plain, "service_types"),
+        rate,
+        tuple(_budget(item, index, scope) for index, item in enumerate(budgets)),
+    )
+
+
+def _budget(item: object, index: int, scope: str) -> BudgetRule:
+    where = f"budgets[{index}]"
+    if not isinstance(item, Mapping) or not {"unit", "limit"} <= set(item) <= {
+        "unit",
+        "limit",
+        "period",
+    }:
+        raise InputError(where, item, "unit, limit and period")
+    unit, limit = item["unit"], item["limit"]
+    if unit == "nano_dollars" and type(limit) is int and limit >= 0:
+        return BudgetRule(scope, unit, limit, str(item.get("period", "total")))
+    unit, limit = budget_limit(str(unit), limit)
+    return BudgetRule(scope, unit, limit, str(item.get("period", "total")))
+
+
+def _names(plain: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    value = plain.get(field, [])
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) > 1000
+        or not all(isinstance(item, str) and 0 < len(item) <= 128 for item in value)
+    ):
+        raise InputError(field, value, "a list of names")
+    return tuple(value)
+
+
+def _number(plain: Mapping[str, Any], field: str) -> float:
+    value = plain[field]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"rate.{field}", value, "a number")
+    return float(value)
+
+
+class Keys:
+    """All keys, in memory by hash and on disk."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._by_hash: dict[str, Key] = {}
+        self._hash_of: dict[str, str] = {}
+        for row in store.read("SELECT * FROM keys"):
+            key = Key(
+                row["id"],
+                row["name"],
+                row["tenant"],
+                read_grants(json.loads(row["grants"]), f"key:{row['id']}"),
+                row["created_wall_s"],
+                row["expires_wall_s"],
+                bool(row["revoked"]),
+            )
+            self._by_hash[row["hash"]] = key
+            self._hash_of[key.key_id] = row["hash"]
+
+    def find(self, token: str, *, required: bool) -> Key:
+        """The key a request carries. Raises ApiError 401.
+
+        Not required: clients must send something, so what is no key of ours is anonymous.
+        """
+        if not token:
+            if required:
+                raise ApiError(401, "expected Authorization: Bearer KEY", code="missing_api_key")
+            return ANONYMOUS
+        key = self._by_hash.get(key_hash(token))
+        if key is None:
+            if required or token.startswith(PREFIX):
+                raise ApiError(401, "this API key is not known", code="invalid_api_key")
+            return ANONYMOUS
+        if key.revoked:
+            raise ApiError(401, "this API key was revoked", code="invalid_api_key")
+        if key.expires_wall_s is not None and self._clock.wall() >= key.expires_wall_s:
+            raise ApiError(401, "this API key has expired", code="invalid_api_key")
+        return key
+
+    def new(
+        self, name: str, tenant: str, grants: Mapping[str, Any], expires_wall_s: float | None
+    ) -> tuple[Key, str]:
+        """A new key and its secret, which is shown once. Raises InputError, StoreError."""
+        if not _NAME.match(name):
+            raise InputError("name", name, "letters, digits and ._@-, at most 64")
+        if not _NAME.match(tenant):
+            raise InputError("tenant", tenant, "letters, digits and ._@-, at most 64")
+        if any(key.name == name for key in self._by_hash.values()) or name == ANONYMOUS.name:
+            raise InputError("name", name, "a name no key has (revoked ones keep theirs)")
+        if len(self._by_hash) >= MAX_KEYS:
+            raise InputError("keys", len(self._by_hash), f"fewer than {MAX_KEYS}")
+        token = PREFIX + secrets.token_urlsafe(32)
+        key = Key(
+            name, name, tenant, read_grants(grants, f"key:{name}"), self._clock.wall(),
+            expires_wall_s,
+        )  # fmt: skip
+        self._write(key, key_hash(token))
+        return key, token
+
+    def change(self, name: str, grants: Mapping[str, Any]) -> Key:
+        """Replace the grants that are named, keep the others. Raises InputError, StoreError."""
+        key = self.get(name)
+        plain = {**key.grants.to_plain(), **grants}
+        changed = replace(key, grants=read_grants(plain, f"key:{key.key_id}"))
+        self._write(changed, self._hash_of[key.key_id])
+        return changed
+
+    def revoke(self, name: str) -> Key:
+        """From now on it is refused. Raises InputError, StoreError."""
+        key = replace(self.get(name), revoked=True)
+        self._write(key, self._hash_of[key.key_id])
+        return key
+
+    def get(self, name: str) -> Key:
+        for key in self._by_hash.values():
+            if key.name == name:
+                return key
+        raise InputError("name", name, "the name of a key")
+
+    def all(self) -> list[Key]:
+        return sorted(self._by_hash.values(), key=lambda key: key.name)
+
+    def __len__(self) -> int:
+        return len(self._by_hash)
+
+    def _write(self, key: Key, hashed: str) -> None:
+        with self._store.transaction() as db:
+            db.execute(
+                sqlite.WRITE_KEY,
+                (
+                    key.key_id, hashed, key.name, key.tenant, key.created_wall_s,
+                    key.expires_wall_s, int(key.revoked), json.dumps(key.grants.to_plain()),
+                ),
+            )  # fmt: skip
+        self._by_hash[hashed] = key
+        self._hash_of[key.key_id] = hashed

@@ -88,6 +88,7 @@ class Calibrator:
         self._base, self._median = np.ones(rows), np.ones(rows)
         self._done = np.zeros(rows, dtype=bool)
         self._counted = np.zeros(rows, dtype=bool)
+        self._missed = np.zeros(rows, dtype=bool)
         self._class = np.zeros(rows, dtype=np.int64)
         self._keys: list[Hashable] = []
         self._row: dict[Hashable, int] = {}
@@ -116,7 +117,7 @@ class Calibrator:
         self._believed[row] = plain
         self._size[row], self._length[row] = math.log(size), math.log(plain)
         self._class[row], self._base[row], self._median[row] = size_class, factor, median
-        self._done[row] = self._counted[row] = False
+        self._done[row] = self._counted[row] = self._missed[row] = False
         bounds = self._bounds(plain, factor, median, size_class)
         self._bound[row] = bounds.p90_s
         return bounds
@@ -144,8 +145,9 @@ class Calibrator:
         self._done[row] = True
         took = at_s - self._submit[row]
         self._believed[row] = took
-        if not self._counted[row]:
-            self._result(row, took > self._bound[row] * (1 + 1e-6), took / self._plain[row])
+        missed = bool(took > self._bound[row] * (1 + 1e-6))
+        if not self._counted[row] or (missed and not self._missed[row]):
+            self._result(row, missed, took / self._plain[row])
         plain = self._plain[row]
         for errors, guess in (
             (self._plain_errors, plain),
@@ -221,16 +223,22 @@ class Calibrator:
         bound = self._bound[rows] * (1 + 1e-6)
         over = believed > bound
         settled = over | (lived / believed > self.tuning.settled)
-        for at in np.nonzero(settled & ~self._counted[rows])[0].tolist():
+        fresh = settled & ~self._counted[rows]
+        late = over & self._counted[rows] & ~self._missed[rows]
+        for at in np.nonzero(fresh | late)[0].tolist():
             row = int(rows[at])
             missed = bool(over[at]) or bool(final[at] * self._plain[row] > bound[at])
             self._result(row, missed, float(final[at]))
 
     def _result(self, row: int, missed: bool, ratio: float) -> None:
+        """Learns whether a bound held; once more for one that was thought to."""
         tuning, size_class = self.tuning, int(self._class[row])
-        self._counted[row] = True
-        self._results[size_class] += 1
-        self._kept[size_class] += not missed
+        if self._counted[row]:  # was thought to keep its bound, and does not
+            self._kept[size_class] -= 1
+        else:
+            self._results[size_class] += 1
+            self._kept[size_class] += not missed
+        self._counted[row], self._missed[row] = True, missed
         self._pooled += (float(not missed) - self._pooled) / tuning.memory
         off = abs(math.log(max(ratio, 1e-3) / self._base[row]))
         self._spread[size_class] += 0.03 * (off - self._spread[size_class])
@@ -246,7 +254,7 @@ class Calibrator:
         self._keys = self._keys[HELD:]
         for column in (
             *(self._submit, self._plain, self._believed, self._bound, self._size, self._length),
-            *(self._base, self._median, self._done, self._counted, self._class),
+            *(self._base, self._median, self._done, self._counted, self._missed, self._class),
         ):
             column[:HELD] = column[HELD:]
         self._row = {key: row for row, key in enumerate(self._keys)}

@@ -9,10 +9,21 @@ from intentd.core.errors import InputError
 from intentd.daemons.ctl import pareto, sim
 
 SMALL = ["--workload", "workload-1", "--jobs", "60", "--gpus", "64"]
-KEYS = (
-    "jobs avg_jct_s p50_jct_s p90_jct_s p99_jct_s avg_pred_err p99_pred_err signed_pred_err "
-    "coverage_p90 avg_unfairness p99_unfairness makespan_s wall_s"
-).split()
+KEYS = [
+    "jobs",
+    "avg_jct_s",
+    "p50_jct_s",
+    "p90_jct_s",
+    "p99_jct_s",
+    "avg_pred_err",
+    "p99_pred_err",
+    "signed_pred_err",
+    "coverage_p90",
+    "avg_unfairness",
+    "p99_unfairness",
+    "makespan_s",
+    "wall_s",
+]
 
 
 def run(app, *arguments):

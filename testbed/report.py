@@ -176,6 +176,7 @@ def _conditions(runs: Sequence[Run]) -> str:
             ", ".join(f"{reason} {count}" for reason, count in run.degraded.items()) or "none",
             len(run.weights) or "",
             round(run.arrival_lag_s * 1e3, 3),
+            f"{run.steal_share:.1%} ({run.repeats})",
         ]
         for run in runs
     ]
@@ -186,6 +187,7 @@ def _conditions(runs: Sequence[Run]) -> str:
         "degraded starts",
         "classes",
         "arrival lag, ms",
+        "taken by the host (tries thrown away)",
     ]
     return _table(
         Table(

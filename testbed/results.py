@@ -30,7 +30,9 @@ class Run:
     wait: arrival to turn. handover: last byte of a flow to the first of the next in its class.
     gate: "agent" (the host's agent) or "local" (the same gate in the client's process).
     busy_share: of the bottleneck while some flow waited, None where it was not measured.
-    floor_s: mean of small flows that met nobody. records: file beside results.json.
+    steal_share: of the processors' time, taken by this virtual machine's host; repeats: earlier
+    tries thrown away for that. floor_s: mean of small flows that met nobody. records: file beside
+    results.json.
     """
 
     label: str
@@ -55,6 +57,8 @@ class Run:
     weights: list[float] = field(default_factory=list)
     restarted: int = 0
     arrival_lag_s: float = 0.0
+    steal_share: float = 0.0
+    repeats: int = 0
     client_cpu_s: float = 0.0
     records: str = ""
     notes: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -83,6 +84,9 @@ def summary(results: Results, directory: Path) -> dict[str, Any]:
                 "simulator": _means(over_seeds(runs, "simulator")),
                 "busy_share": runs[0].busy_share,
                 "floor_s": runs[0].floor_s,
+                "handover": _means(over_seeds(runs, "handover")),
+                "degraded": dict(sum((Counter(run.degraded) for run in runs), Counter())),
+                "steal_share": max(run.steal_share for run in runs),
             }
             for workload, load in results.groups()
             for label in results.labels(workload, load)

@@ -61,6 +61,9 @@ def run(
     early_fin: Annotated[
         str, typer.Option("--early-fin", help="Bytes left when a turn is announced, in overall.")
     ] = "0",
+    repeats: Annotated[
+        int, typer.Option(min=0, max=100, help="Play disturbed runs again, at most so often.")
+    ] = 3,
     ipv6: Annotated[bool, typer.Option("--ipv6", help="Flows over IPv6.")] = False,
     loopback: Annotated[
         bool, typer.Option("--loopback", help="Without namespaces, unshaped.")
@@ -96,6 +99,7 @@ def run(
         ipv6=ipv6,
         rounds=rounds,
         early_fin_bytes=parse_size_bytes(early_fin, "early_fin"),
+        repeats=repeats,
     )
     documents: list[dict[str, Any]] = []
     for experiment in runner.names(name):

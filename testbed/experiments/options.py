@@ -27,7 +27,8 @@ class Options:
 
     gate: "agent" plays through the host's agent; "local" has the same gate in the client's process.
     namespaces False: on the loopback, unshaped. early_fin_bytes: a turn is announced when so much
-    of its flow is left (0: when it has ended). rounds: kills, for faults.
+    of its flow is left (0: when it has ended). rounds: kills, for faults. repeats: how often a
+    run is played again that the host of a virtual machine disturbed (``lab.STEAL_AT_MOST``).
     """
 
     workloads: tuple[str, ...] = ()
@@ -43,12 +44,15 @@ class Options:
     ipv6: bool = False
     rounds: int = 0
     early_fin_bytes: int = 0
+    repeats: int = 0
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise InputError("gate", self.gate, f"one of {', '.join(GATES)}")
         if self.seeds < 0 or self.first_seed < 0 or self.rounds < 0:
             raise InputError("seeds", self.seeds, "numbers >= 0")
+        if not 0 <= self.repeats <= 100:
+            raise InputError("repeats", self.repeats, "0 to 100")
         if not 0 <= self.duration_s <= 86_400:
             raise InputError("duration", self.duration_s, "seconds, at most a day")
         if not 1e6 <= self.rate_bps <= 1e11:
@@ -65,7 +69,11 @@ class Options:
     def setup(self) -> Setup:
         """One client host and one server; experiments that need more replace it."""
         return Setup(
-            rate_bps=self.rate_bps, gate=self.gate, namespaces=self.namespaces, ipv6=self.ipv6
+            rate_bps=self.rate_bps,
+            gate=self.gate,
+            namespaces=self.namespaces,
+            ipv6=self.ipv6,
+            repeats=self.repeats,
         )
 
     def to_plain(self) -> dict[str, Any]:

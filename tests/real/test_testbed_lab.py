@@ -114,7 +114,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_runs_an_experiment_and_draws_it_again(tmp_path: Path) -> None:
     words = "run overall --workload cache --policies ps --load 0.3 --duration 500ms --seeds 1"
-    words += f" --scale 0.05 --loopback --gate local --out {tmp_path} --json"
+    words += f" --scale 0.05 --loopback --gate local --repeats 0 --out {tmp_path} --json"
     done = call(*words.split())
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from intentd.core.flows.policy import DomainPolicy, domain_to_plain
 from intentd.testbed import netns, shaping
+from intentd.testbed.awake import processors_awake
 from intentd.testbed.metrics import busy_while_waiting, completion_metrics, floor_s, handover_s
 from intentd.testbed.playing import Host, Played, PlayPlan, Progress, play
 from intentd.testbed.replay import replay, write_completions
@@ -165,7 +166,8 @@ class Lab:
             await self._apply(scenario.policy)
             self._playing.clear()
             before = processor_times()
-            played = await self._play(scenario, work)
+            with processors_awake() if self.shaped else contextlib.nullcontext():
+                played = await self._play(scenario, work)
             steal = steal_share(before, processor_times())
             if steal <= STEAL_AT_MOST or repeat == self.setup.repeats:
                 break

@@ -268,7 +268,7 @@ class Suite:
                 stderr=log,
                 env=python_env(),
             )
-        favour(member.process.pid)
+        favour(member.process.pid, realtime=member.role == "agent")
 
     async def ready(self, member: Member, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Raises PlayError if it is not ready in time or has ended."""

@@ -119,6 +119,7 @@ class Exchange:
     total_s: float = 0.0
     status: int = 0
     outcome: str = ""
+    encoded: bytes = b""
 
     @property
     def cost_nano(self) -> int:
@@ -147,10 +148,15 @@ class Exchange:
             "policy": self.policy,
         }
 
-    def log_document(self) -> dict[str, Any]:
+    def encode(self) -> bytes:
+        """The document as JSON, built once: it goes into the answer and into the log."""
+        if not self.encoded:
+            self.encoded = orjson.dumps(self.document())
+        return self.encoded
+
+    def encode_log(self) -> bytes:
         """What GET /v1/requests/ID shows: the metadata and how it ended."""
-        return {
-            **self.document(),
+        end = {
             "status": self.status,
             "outcome": self.outcome,
             "path": self.path,
@@ -158,6 +164,7 @@ class Exchange:
             "key": self.key.name,
             "wall_s": self.wall_s,
         }
+        return self.encode()[:-1] + b"," + orjson.dumps(end)[1:]
 
 
 def guessed_usage(call: Call, answer_bytes: int) -> Usage:

@@ -215,10 +215,7 @@ class Api:
         if len(recent) > self.config.records.recent:
             recent.popitem(last=False)
         self.ledger.log_request(
-            exchange.request_id,
-            exchange.key.key_id,
-            exchange.wall_s,
-            orjson.dumps(exchange.log_document()),
+            exchange.request_id, exchange.key.key_id, exchange.wall_s, exchange.encode_log()
         )
 
     def _error(self, exchange: Exchange, error: ApiError) -> web.Response:
@@ -261,6 +258,12 @@ class Api:
         length = request.content_length
         if length is not None and length > bound:
             raise ApiError(413, f"the body is over {bound} bytes", code="body_too_large")
+        content = request.content
+        if content.is_eof():  # all of it came with the head, as small ones do
+            raw = content.read_nowait()
+            if len(raw) > bound:
+                raise ApiError(413, f"the body is over {bound} bytes", code="body_too_large")
+            return raw
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 return await request.read()
@@ -365,12 +368,16 @@ class Api:
         """The metadata of an answered request, for the key that made it."""
         found = self._recent.get(name)
         if found is not None and found.key.key_id == exchange.key.key_id:
-            return _json(found.log_document(), exchange)
-        rows = await self.ledger.find_request(name, exchange.key.key_id)
-        if not rows:
-            raise ApiError(404, f"request: got {shown(name)}, expected one of this key's requests")
+            document = found.encode_log()
+        else:
+            rows = await self.ledger.find_request(name, exchange.key.key_id)
+            if not rows:
+                raise ApiError(
+                    404, f"request: got {shown(name)}, expected one of this key's requests"
+                )
+            document = rows[0].encode()
         return web.Response(
-            body=rows[0].encode(), headers=_headers(exchange), content_type="application/json"
+            body=document, headers=_headers(exchange), content_type="application/json"
         )
 
 
@@ -406,8 +413,8 @@ class _Relay:
 
     def _end(self) -> list[bytes]:
         exchange = self._exchange
-        exchange.total_s = self._api._clock.now() - exchange.started_s
         self._attempt.answered(self._usage, self.size_bytes)
+        exchange.total_s = self._api._clock.now() - exchange.started_s
         if self._hide_usage or self._last is None or self._last.value is None:
             return [_DONE_EVENT]
         document = {**self._last.value, "intentd": exchange.document()}
@@ -451,7 +458,7 @@ def _with_metadata(raw: bytes, value: dict[str, Any], exchange: Exchange) -> byt
         return orjson.dumps({**value, "intentd": exchange.document()})
     body = raw.rstrip()
     comma = b"," if value else b""
-    return body[:-1] + comma + b'"intentd":' + orjson.dumps(exchange.document()) + b"}"
+    return body[:-1] + comma + b'"intentd":' + exchange.encode() + b"}"
 
 
 def _error_event(exchange: Exchange, error: UpstreamError) -> bytes:

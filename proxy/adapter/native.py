@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from intentd.core.errors import IntentdError, WireError
 from intentd.core.prompts.money import Price
@@ -122,6 +123,7 @@ class Upstream:
         self._session = session
         self._base = model.base_url.rstrip("/")
         self._clock = clock
+        self._urls: dict[str, URL] = {}
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -178,9 +180,10 @@ class Upstream:
     # -- inside --------------------------------------------------------------------------------
 
     def _post(self, path: str, body: bytes) -> Any:
-        return self._session.post(
-            self._base + path, data=body, headers=self._headers, allow_redirects=False
-        )
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = URL(self._base + path)
+        return self._session.post(url, data=body, headers=self._headers, allow_redirects=False)
 
     def event(self, event: bytes) -> Event | None:
         data = event_data(event)

@@ -1,0 +1,353 @@
+"""What the proxy costs beside a bare aiohttp pass-through, in the same run on the same machine.
+
+``python -m benchmarks.proxy --json``: a provider that answers at once, a bare pass-through (no
+keys, no books) and intentd-proxy as processes of their own, one worker each; rounds alternate.
+The proxy checks a key, adds metadata, keeps books and metrics; once more with a budget on the key,
+which is on disk before each prompt leaves. Bars: >= .70 of the pass-through's requests a second,
+<= .4 ms of processor a request, <= 15 us a streamed chunk, <= 1.2 ms added to the median at a
+provider that takes 50 ms, < 90 MB after the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+RATIO_BAR = 0.70
+CPU_BAR_MS = 0.4
+CHUNK_BAR_US = 15.0
+ADDED_BAR_MS = 1.2
+MEMORY_BAR_MB = 90.0
+PROMPT = "Explain in a few sentences how a semantic cache for language models works. " * 6
+_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process, in the kernel's accounting of nanoseconds."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def memory_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]
+
+
+def request_bytes(port: int, key: str, model: str, *, stream: bool = False) -> bytes:
+    body = json.dumps(
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": PROMPT}],
+            "max_tokens": 200,
+            **({"stream": True} if stream else {}),
+        },
+        separators=(",", ":"),
+    ).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class Client(asyncio.Protocol):
+    """One connection that asks again as soon as it was answered, until the time is over."""
+
+    def __init__(self, request: bytes, until_s: float, seconds: list[float], streams: bool) -> None:
+        self.request = request
+        self.until_s = until_s
+        self.seconds = seconds
+        self.streams = streams
+        self.data = bytearray()
+        self.failed = ""
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.ask()
+
+    def ask(self) -> None:
+        self.asked_s = time.perf_counter()
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        if self.streams:
+            if not self.data.endswith(b"0\r\n\r\n"):
+                return
+            if b"[DONE]" not in self.data[-200:]:
+                self.end("a stream without [DONE]")
+                return
+        else:
+            end = self.data.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            found = _LENGTH.search(self.data, 0, end)
+            if found is None or len(self.data) < end + 4 + int(found.group(1)):
+                return
+        if not self.data.startswith(b"HTTP/1.1 200"):
+            self.end(bytes(self.data[:300]).decode(errors="replace"))
+            return
+        self.data.clear()
+        now = time.perf_counter()
+        self.seconds.append(now - self.asked_s)
+        if now >= self.until_s:
+            self.end()
+        else:
+            self.ask()
+
+    def end(self, failed: str = "") -> None:
+        self.failed = failed
+        self.transport.close()
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.failed = f"connection lost: {error}"
+            self.done.set_result(None)
+
+
+async def load(
+    port: int, request: bytes, connections: int, for_s: float, *, streams: bool = False
+) -> list[float]:
+    """Seconds of each answer of a closed loop. Raises RuntimeError for any other answer."""
+    seconds: list[float] = []
+    until_s = time.perf_counter() + for_s
+    loop = asyncio.get_running_loop()
+    clients = [
+        (
+            await loop.create_connection(
+                lambda: Client(request, until_s, seconds, streams), "127.0.0.1", port
+            )
+        )[1]
+        for _ in range(connections)
+    ]
+    await asyncio.wait_for(asyncio.gather(*(client.done for client in clients)), for_s + 60)
+    failures = [client.failed for client in clients if client.failed]
+    if failures:
+        raise RuntimeError(f"{len(failures)} connections failed: {failures[0]}")
+    return seconds
+
+
+class Peers:
+    """The processes of the benchmark."""
+
+    def __init__(self, base: Path, stack: contextlib.ExitStack) -> None:
+        self.base = base
+        self.stack = stack
+        self.provider = self.peer("provider")[0]
+        self.slow = self.peer("provider", "--delay-ms", "50")[0]
+        self.bare, self.bare_pid = self.peer("bare", f"http://127.0.0.1:{self.provider}/v1")
+        self.slow_bare, _ = self.peer("bare", f"http://127.0.0.1:{self.slow}/v1")
+
+    def spawn(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+        return self.stack.enter_context(ended(subprocess.Popen(command, text=True, **options)))
+
+    def peer(self, *arguments: str) -> tuple[int, int]:
+        process = self.spawn(
+            sys.executable, "-m", "benchmarks.proxy_peers", *arguments, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        return int(process.stdout.readline()), process.pid
+
+    def start_proxy(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.proxy = free.getsockname()[1]
+        config = self.base / "proxy.toml"
+        models = "".join(
+            f'[[models]]\nname = "{name}"\nbase_url = "http://127.0.0.1:{port}/v1"\n'
+            'price_in = "0.15"\nprice_out = "0.60"\n'
+            for name, port in (("m", self.provider), ("slow", self.slow))
+        )
+        config.write_text(
+            f'state_dir = "{self.base}/state"\nrun_dir = "{self.base}/run"\n'
+            f'[listen]\nbind = "127.0.0.1:{self.proxy}"\n[keys]\nrequired = true\n'
+            '[controller]\nenabled = false\n[status]\nbind = "127.0.0.1:0"\n'
+            f'[log]\nlevel = "warning"\n{models}'
+        )
+        began_s = time.perf_counter()
+        process = self.spawn(sys.executable, "-m", "intentd.proxy.daemon", "--config", str(config))
+        self.proxy_pid = process.pid
+        while True:
+            with contextlib.suppress(OSError):
+                made = self.admin("keys.new", name="plain")
+                break
+            if process.poll() is not None or time.perf_counter() - began_s > 60:
+                raise RuntimeError("the proxy did not start")
+            time.sleep(0.01)
+        self.start_s = time.perf_counter() - began_s
+        self.key = made["secret"]
+        grants = {"budgets": [{"unit": "dollars", "limit": "1000000", "period": "month"}]}
+        self.budget_key = self.admin("keys.new", name="budget", grants=grants)["secret"]
+
+    def admin(self, command: str, **args: Any) -> Any:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.base / "run" / "proxy.admin.sock"))
+            connection.sendall(json.dumps({"command": command, "args": args}).encode() + b"\n")
+            answer = json.loads(connection.makefile().readline())
+        if not answer["ok"]:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+async def throughput(peers: Peers, given: argparse.Namespace) -> dict[str, Any]:
+    """Requests a second and processor time of each, rounds alternating."""
+    lanes = {
+        "bare": (peers.bare, peers.bare_pid, "x"),
+        "fixed": (peers.proxy, peers.proxy_pid, peers.key),
+        "fixed_with_budget": (peers.proxy, peers.proxy_pid, peers.budget_key),
+    }
+    rounds: dict[str, list[tuple[float, float, list[float]]]] = {name: [] for name in lanes}
+    for number in range(given.rounds + 1):  # the first one warms up
+        for name, (port, pid, key) in lanes.items():
+            request = request_bytes(port, key, "m")
+            before_s, began_s = cpu_s(pid), time.perf_counter()
+            seconds = await load(port, request, given.connections, given.seconds)
+            took_s, used_s = time.perf_counter() - began_s, cpu_s(pid) - before_s
+            progress(f"{name}: {len(seconds) / took_s:.0f}/s, {used_s / len(seconds) * 1e3:.3f} ms")
+            if number:
+                rounds[name].append((len(seconds) / took_s, used_s / len(seconds), seconds))
+    result: dict[str, Any] = {}
+    for name, rows in rounds.items():
+        everything = sorted(value for row in rows for value in row[2])
+        result[name] = {
+            "requests_per_s": round(statistics.median(row[0] for row in rows), 1),
+            "cpu_ms_per_request": round(statistics.median(row[1] for row in rows) * 1e3, 4),
+            "p50_ms": round(statistics.median(everything) * 1e3, 3),
+            "p99_ms": round(everything[int(len(everything) * 0.99)] * 1e3, 3),
+        }
+    for name in ("fixed", "fixed_with_budget"):
+        pairs = zip(rounds[name], rounds["bare"], strict=True)
+        result[name]["of_bare"] = round(statistics.median(a[0] / b[0] for a, b in pairs), 3)
+    return result
+
+
+async def added_latency(peers: Peers, given: argparse.Namespace) -> dict[str, float]:
+    """Median and p99 at a provider that takes 50 ms, in milliseconds over asking it directly."""
+    lanes = {
+        "direct": (peers.slow, "x"),
+        "bare": (peers.slow_bare, "x"),
+        "fixed": (peers.proxy, peers.key),
+        "fixed_with_budget": (peers.proxy, peers.budget_key),
+    }
+    found: dict[str, list[float]] = {name: [] for name in lanes}
+    for _ in range(given.rounds):
+        for name, (port, key) in lanes.items():
+            found[name] += await load(port, request_bytes(port, key, "slow"), 4, given.seconds)
+    direct = sorted(found.pop("direct"))
+    result = {}
+    for name, seconds in found.items():
+        ordered = sorted(seconds)
+        for label, share in (("p50", 0.5), ("p99", 0.99)):
+            added = ordered[int(len(ordered) * share)] - direct[int(len(direct) * share)]
+            result[f"{name}_{label}_ms"] = round(added * 1e3, 3)
+    return result
+
+
+async def stream_cost(peers: Peers, given: argparse.Namespace) -> dict[str, float]:
+    """Processor microseconds a chunk, chunks coming one at a time."""
+    from benchmarks.proxy_peers import CHUNKS_A_STREAM
+
+    result = {}
+    for name, port, pid, key in (
+        ("bare", peers.bare, peers.bare_pid, "x"),
+        ("fixed", peers.proxy, peers.proxy_pid, peers.key),
+    ):
+        costs = []
+        request = request_bytes(port, key, "m", stream=True)
+        for _ in range(given.rounds):
+            before_s = cpu_s(pid)
+            streams = await load(port, request, given.streams, given.seconds, streams=True)
+            costs.append((cpu_s(pid) - before_s) / (len(streams) * (CHUNKS_A_STREAM + 3)))
+        result[f"{name}_us_per_chunk"] = round(statistics.median(costs) * 1e6, 2)
+        progress(f"streams, {name}: {result[f'{name}_us_per_chunk']} us a chunk")
+    return result
+
+
+async def measure(given: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        peers = Peers(Path(directory), stack)
+        peers.start_proxy()
+        start_mb = memory_mb(peers.proxy_pid)
+        result: dict[str, Any] = {
+            "connections": given.connections,
+            "rounds": given.rounds,
+            "seconds": given.seconds,
+            "start_s": round(peers.start_s, 2),
+            "throughput": await throughput(peers, given),
+        }
+        result["added"] = await added_latency(peers, given)
+        result["streams"] = await stream_cost(peers, given)
+        result["memory_mb"] = {
+            "start": round(start_mb, 1),
+            "after": round(memory_mb(peers.proxy_pid), 1),
+            "bare_after": round(memory_mb(peers.bare_pid), 1),
+        }
+    fixed = result["throughput"]["fixed"]
+    result["bars"] = {
+        "of_bare": fixed["of_bare"] >= RATIO_BAR,
+        "cpu_ms": fixed["cpu_ms_per_request"] <= CPU_BAR_MS,
+        "us_per_chunk": result["streams"]["fixed_us_per_chunk"] <= CHUNK_BAR_US,
+        "added_p50": result["added"]["fixed_p50_ms"] <= ADDED_BAR_MS,
+        "memory": result["memory_mb"]["start"] < MEMORY_BAR_MB,
+    }
+    return result
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--streams", type=int, default=50, help="streams at once")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each round")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    os.environ.setdefault("PYTHONPATH", "src")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        result = runner.run(measure(given))
+    print(json.dumps(result, indent=None if given.json else 2))
+    return 0 if all(result["bars"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

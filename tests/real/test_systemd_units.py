@@ -37,7 +37,7 @@ def settings(unit: Path) -> dict[str, str]:
 
 def test_there_is_a_unit_for_every_daemon() -> None:
     assert [unit.stem for unit in UNITS] == [
-        "intentd-agent", "intentd-controller", "intentd-sequencer",
+        "intentd-agent", "intentd-controller", "intentd-proxy", "intentd-sequencer",
     ]  # fmt: skip
 
 
@@ -120,6 +120,7 @@ DAEMONS = {
         "sequencer", ["-c", "from intentd.daemons.sequencer.daemon import main; main()"],
     ),
     "agent": ("agent", ["-c", "from intentd.agent.daemon import main; main()"]),
+    "proxy": ("proxy", ["-c", "from intentd.proxy.daemon import main; main()"]),
 }  # fmt: skip
 
 
@@ -167,6 +168,7 @@ def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -
         "controller": {"INTENTD_CONTROLLER__HUB__BIND": "tcp://127.0.0.1:0"},
         "sequencer": {},
         "agent": {"INTENTD_AGENT__FIN__BIND": "127.0.0.1:0"},
+        "proxy": {"INTENTD_PROXY__LISTEN__BIND": "127.0.0.1:0"},
     }[name if name != "toy" else "sequencer"]
     if role != "controller":
         environ[f"INTENTD_{role.upper()}__CONTROLLER__ENDPOINT"] = "tcp://127.0.0.1:9"

@@ -42,8 +42,10 @@ class DomainSection(Section):
     batch: Size = Field(
         default=0, description="Bytes that may ride on one waiting ticket; 0: none."
     )
-    early_fin: Size = Field(
-        default=0, description="Bytes left when the turn is announced; 0: at the end."
+    early_fin: Size | None = Field(
+        default=None,
+        description="Bytes left when the turn is announced; 0: at the end. Default: a millisecond "
+        "of the link.",
     )
     local_below: Size = Field(default=0, description="Flows up to this size skip the global order.")
     thresholds: tuple[Size, ...] = Field(

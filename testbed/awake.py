@@ -30,8 +30,8 @@ def is_virtual() -> bool:
 
 
 @contextlib.contextmanager
-def processors_awake() -> Iterator[None]:
-    """One spinner a processor, on virtual machines; elsewhere nothing."""
+def processors_awake() -> Iterator[list[int]]:
+    """One spinner a processor, on virtual machines; elsewhere none. Yields their process ids."""
     spinners: list[subprocess.Popen[bytes]] = []
     try:
         if is_virtual():
@@ -40,7 +40,7 @@ def processors_awake() -> Iterator[None]:
                 spinners.append(spinner)
                 os.sched_setscheduler(spinner.pid, os.SCHED_IDLE, os.sched_param(0))
                 os.sched_setaffinity(spinner.pid, {cpu})
-        yield
+        yield [spinner.pid for spinner in spinners]
     finally:
         for spinner in spinners:
             spinner.kill()

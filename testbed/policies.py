@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from intentd.core.errors import InputError
+from intentd.core.flows.assemble import default_early_fin_bytes
 from intentd.core.flows.classes import policy_from_sample
 from intentd.core.flows.policies import POLICIES
 from intentd.core.flows.policy import DomainPolicy
@@ -70,6 +71,8 @@ def policy_for(
 ) -> DomainPolicy:
     """The policy for the mixture of the workloads, from a sample by Algorithm 1.
 
+    Turns are announced early as the controller has it by default.
+
     Raises InputError for a policy that does not exist.
     """
     if name not in POLICIES:
@@ -92,4 +95,4 @@ def policy_for(
             for cls in policy.classes
         )
         policy = replace(policy, classes=classes)
-    return policy
+    return replace(policy, early_fin_bytes=default_early_fin_bytes(rate_bps))

@@ -22,6 +22,18 @@ GAMMA_MOVED: Final = 0.25
 SIZELESS: Final = ("ps", "fifo", "np-sjf", "lps")  # need no sizes
 
 
+# The next flow's request travels while the last bytes of the one before do. Handing a turn over
+# takes .4-.7 ms on the real kernel; announced a millisecond early, it costs the link nothing.
+# Measured, uniform sizes, 80 % of 1 Gb/s, one FIFO class, on a quiet machine: mean 1.5 times the
+# simulator's without, 1.06 with; two flows overlap for the rest, which no percentile shows.
+EARLY_FIN_S: Final = 1e-3
+
+
+def default_early_fin_bytes(rate_bps: float) -> int:
+    """What is left of a flow when its turn is announced: a millisecond of the link."""
+    return round(rate_bps / 8 * EARLY_FIN_S)
+
+
 @dataclass(frozen=True, slots=True)
 class DomainSettings:
     """What an operator chose for a domain; the rest is learned. Validated; raises PolicyError.
@@ -29,6 +41,7 @@ class DomainSettings:
     family: a name of POLICIES; the classes of those in CLASSED are learned.
     mpl: multiplexing level of each class of 2d and 2d-boost, the last one repeated.
     thresholds_bytes, weights: pinned when not empty; the last threshold is infinity.
+    early_fin_bytes: None is a millisecond of the link.
     sequencing: of all classes. policy: the whole policy, pinned; nothing else applies then.
     """
 
@@ -40,7 +53,7 @@ class DomainSettings:
     turn_mode: str = "hybrid"
     max_wait_s: float = 30.0
     batch_bytes: int = 0
-    early_fin_bytes: int = 0
+    early_fin_bytes: int | None = None
     local_below_bytes: int = 0
     thresholds_bytes: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
@@ -198,7 +211,9 @@ def _common(settings: DomainSettings) -> dict[str, Any]:
         "turn_mode": settings.turn_mode,
         "max_wait_s": settings.max_wait_s,
         "batch_bytes": settings.batch_bytes,
-        "early_fin_bytes": settings.early_fin_bytes,
+        "early_fin_bytes": default_early_fin_bytes(settings.rate_bps)
+        if settings.early_fin_bytes is None
+        else settings.early_fin_bytes,
         "local_below_bytes": settings.local_below_bytes,
     }
 

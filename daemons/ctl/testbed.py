@@ -59,8 +59,13 @@ def run(
         int, typer.Option(help="Kills, for faults.", min=0, show_default="its own")
     ] = 0,
     early_fin: Annotated[
-        str, typer.Option("--early-fin", help="Bytes left when a turn is announced, in overall.")
-    ] = "0",
+        str,
+        typer.Option(
+            "--early-fin",
+            help="Bytes left when a turn is announced, in overall.",
+            show_default="a millisecond of the link",
+        ),
+    ] = "",
     repeats: Annotated[
         int, typer.Option(min=0, max=100, help="Play disturbed runs again, at most so often.")
     ] = 3,
@@ -98,7 +103,7 @@ def run(
         namespaces=not unshaped,
         ipv6=ipv6,
         rounds=rounds,
-        early_fin_bytes=parse_size_bytes(early_fin, "early_fin"),
+        early_fin_bytes=parse_size_bytes(early_fin, "early_fin") if early_fin else None,
         repeats=repeats,
     )
     documents: list[dict[str, Any]] = []

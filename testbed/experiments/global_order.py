@@ -33,16 +33,13 @@ P99_AT_MOST: Final = 1.05
 # One bandwidth-delay product at 1 Gb/s and the .2 ms a request and its first bytes take here.
 BDP_S: Final = 0.2e-3
 SMALL_AT_MOST: Final = 1.10  # small flows with the sequencer against the shared gate, median
-# The turn is announced when one GSO packet is left, so that the next host's request travels
-# while the last bytes do.
-EARLY_FIN_BYTES: Final = 65_536
 
 
 def ordered_globally(policy: DomainPolicy) -> DomainPolicy:
     """The same classes, tickets from the sequencer; flows under one BDP stay local."""
     bdp = round(policy.rate_bps / 8 * BDP_S)
     classes = tuple(replace(cls, sequencing="global") for cls in policy.classes)
-    return replace(policy, classes=classes, local_below_bytes=bdp, early_fin_bytes=EARLY_FIN_BYTES)
+    return replace(policy, classes=classes, local_below_bytes=bdp)
 
 
 async def run(options: Options, directory: Path, progress: Progress) -> Results:

@@ -27,8 +27,9 @@ class Options:
 
     gate: "agent" plays through the host's agent; "local" has the same gate in the client's process.
     namespaces False: on the loopback, unshaped. early_fin_bytes: a turn is announced when so much
-    of its flow is left (0: when it has ended). rounds: kills, for faults. repeats: how often a
-    run is played again that the host of a virtual machine disturbed (``lab.STEAL_AT_MOST``).
+    of its flow is left (0: when it has ended; None: as the controller has it). rounds: kills, for
+    faults. repeats: how often a run is played again that the host of a virtual machine disturbed
+    (``lab.STEAL_AT_MOST``).
     """
 
     workloads: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class Options:
     namespaces: bool = True
     ipv6: bool = False
     rounds: int = 0
-    early_fin_bytes: int = 0
+    early_fin_bytes: int | None = None
     repeats: int = 0
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Options:
             raise InputError("duration", self.duration_s, "seconds, at most a day")
         if not 1e6 <= self.rate_bps <= 1e11:
             raise InputError("rate", self.rate_bps, "1 Mbit to 100 Gbit a second")
-        if not 0 <= self.early_fin_bytes <= 1 << 30:
+        if not 0 <= (self.early_fin_bytes or 0) <= 1 << 30:
             raise InputError("early_fin", self.early_fin_bytes, "bytes, at most 1 GiB")
         for load in self.loads:
             if not 0 < load < 1:

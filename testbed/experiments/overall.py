@@ -84,7 +84,8 @@ async def one_trace(
     trace = poisson(source, load=load, rate_bps=rate_bps, duration_s=duration_s, seed=seed)
     for name in policies:
         policy = policy_for(name, [source], domain=DOMAIN, rate_bps=rate_bps, load=load)
-        policy = replace(policy, early_fin_bytes=options.early_fin_bytes)
+        if options.early_fin_bytes is not None:
+            policy = replace(policy, early_fin_bytes=options.early_fin_bytes)
         run = await lab.run(Scenario(name, source.name, load, seed, trace, policy))
         keep(results, run, lab.directory)
 

@@ -1,0 +1,381 @@
+"""Fit the learned router on recorded outcomes, and score it on others."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from intentd.controller.search.prompts_data import Embed
+from intentd.core.errors import InputError
+from intentd.core.prompts.router import (
+    Array,
+    RouterModel,
+    TermWeights,
+    Trees,
+    near_gain,
+    score_routing,
+    shape,
+    terms,
+)
+
+FOLDS: Final = 5
+COMPONENTS: Final = 48
+MIN_TERM_COUNT: Final = 2
+TEXT_RIDGE: Final = 4.0
+DENSE_RIDGE: Final = 30.0
+STACK_RIDGES: Final = (100.0, 300.0, 1000.0, 3000.0)
+NEIGHBOURS: Final = 150
+UNKNOWN_SHARE: Final = 0.02
+LEAST_LABELS: Final = 40
+MANY_LABELS: Final = 2000
+TREE_OPTIONS: Final[Mapping[str, Any]] = {
+    "objective": "l2",
+    "feature_fraction": 0.3,
+    "bagging_fraction": 0.7,
+    "bagging_freq": 1,
+    "lambda_l2": 10.0,
+    "num_threads": 1,
+    "deterministic": True,
+    "seed": 0,
+    "verbose": -1,
+}
+# (rounds, options): small trees where labels are few
+FEW: Final = (120, {"num_leaves": 7, "learning_rate": 0.04, "min_data_in_leaf": 20})
+MANY: Final = (250, {"num_leaves": 15, "learning_rate": 0.03, "min_data_in_leaf": 30})
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """Prompts both models answered. targets: (prompts, heads), the first one the gain."""
+
+    prompts: list[str]
+    weak: Array
+    strong: Array
+    targets: Array
+    names: tuple[str, ...]
+
+    @property
+    def gain(self) -> Array:
+        return self.strong - self.weak
+
+
+def outcomes_of(
+    rows: Sequence[Mapping[str, Any]], weak: str, strong: str, *, helpers: bool = True
+) -> Outcomes:
+    """The prompts that both models answered, and what else goes with a gain.
+
+    helpers: rows of other files on the same prompts (other models' outcomes) become further
+    targets: how many models are right, how long the strong answer is. They are learned from, never
+    looked at for a prompt that is to be routed. Raises InputError when a model has no outcomes.
+    """
+    pair: dict[str, tuple[float, float, float]] = {}
+    others: dict[str, list[float]] = {}
+    for row in rows:
+        prompt = str(row.get("prompt", "")).strip()
+        models = row.get("models", {})
+        scores = {name: one.get("score") for name, one in models.items()}
+        first, second = scores.get(weak), scores.get(strong)
+        if first is not None and second is not None:
+            tokens = float(models[strong].get("out_tokens") or 1)
+            pair[prompt] = (float(first), float(second), float(np.log(tokens)))
+        rest = [s for name, s in scores.items() if name not in (weak, strong) and s is not None]
+        others.setdefault(prompt, []).extend(float(score) for score in rest)
+    if not pair:
+        raise InputError("--weak, --strong", (weak, strong), "models with outcomes in the files")
+    prompts = list(pair)
+    table = np.array([pair[prompt] for prompt in prompts])
+    columns = {"gain": table[:, 1] - table[:, 0], "weak": table[:, 0], "strong": table[:, 1]}
+    if helpers:
+        columns["length"] = table[:, 2]
+        known = np.array([np.mean(others[p]) if others.get(p) else np.nan for p in prompts])
+        if np.isfinite(known).mean() > 0.9:
+            columns["others"] = np.where(np.isfinite(known), known, np.nanmean(known))
+    kept = {name: values for name, values in columns.items() if values.std() > 1e-9}
+    if "gain" not in kept:
+        raise InputError("--train", "equal outcomes", "prompts on which the models differ")
+    names = ("gain", *(name for name in kept if name != "gain"))
+    targets = np.stack([kept[name] for name in names], axis=1)
+    return Outcomes(prompts, table[:, 0], table[:, 1], targets, names)
+
+
+class _Text:
+    """TF-IDF of prompts as a sparse matrix, counted once for all folds."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.counted = [terms(prompt) for prompt in prompts]
+
+    def fit(self, rows: npt.NDArray[Any], targets: Array) -> tuple[TermWeights, Array]:
+        """Ridge from terms to every target; the intercepts are the targets' means."""
+        from scipy.sparse import csr_matrix
+        from scipy.sparse.linalg import lsqr
+
+        frequency: Counter[str] = Counter()
+        for row in rows:
+            frequency.update(self.counted[row].keys())
+        kept = sorted(term for term, count in frequency.items() if count >= MIN_TERM_COUNT)
+        places = {term: place for place, term in enumerate(kept)}
+        document = np.array([frequency[term] for term in kept], float)
+        idf = np.log((1.0 + len(rows)) / (1.0 + document)) + 1.0
+        matrix = self.matrix(rows, places, idf)
+        assert isinstance(matrix, csr_matrix)
+        means = targets.mean(axis=0)
+        weights = [
+            lsqr(matrix, column, damp=TEXT_RIDGE**0.5, iter_lim=60)[0]
+            for column in (targets - means).T
+        ]
+        return TermWeights(places, idf, np.stack(weights, axis=1)), means
+
+    def matrix(self, rows: npt.NDArray[Any], places: Mapping[str, int], idf: Array) -> Any:
+        from scipy.sparse import csr_matrix
+
+        columns: list[int] = []
+        values: list[float] = []
+        ends = [0]
+        for row in rows:
+            for term, count in self.counted[row].items():
+                place = places.get(term)
+                if place is not None:
+                    columns.append(place)
+                    values.append((1.0 + np.log(count)) * idf[place])
+            ends.append(len(columns))
+        made = csr_matrix((values, columns, ends), shape=(len(rows), len(places)))
+        lengths = np.sqrt(made.multiply(made).sum(axis=1)).A1
+        scale = np.repeat(1.0 / np.maximum(lengths, 1e-12), np.diff(made.indptr))
+        made.data *= scale
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """All heads fitted on some rows."""
+
+    text: TermWeights
+    intercepts: Array
+    middle: Array
+    components: Array
+    mean: Array
+    scale: Array
+    linear: Array
+    trees: list[Any]
+
+
+class _Fitter:
+    """Fits heads on any rows of one set of outcomes."""
+
+    def __init__(self, outcomes: Outcomes, vectors: npt.NDArray[Any]) -> None:
+        self.outcomes = outcomes
+        self.vectors = np.asarray(vectors, np.float64)
+        self.shapes = np.array([shape(prompt) for prompt in outcomes.prompts])
+        self.text = _Text(outcomes.prompts)
+
+    def fit(self, rows: npt.NDArray[Any]) -> _Heads:
+        import lightgbm
+
+        targets = self.outcomes.targets[rows]
+        text, intercepts = self.text.fit(rows, targets)
+        own = self.vectors[rows]
+        middle = own.mean(axis=0)
+        _, _, axes = np.linalg.svd(own - middle, full_matrices=False)
+        components = axes[:COMPONENTS].T
+        dense = np.hstack([(own - middle) @ components, self.shapes[rows]])
+        mean, scale = dense.mean(axis=0), dense.std(axis=0) + 1e-9
+        scaled = (dense - mean) / scale
+        gram = scaled.T @ scaled + DENSE_RIDGE * np.eye(scaled.shape[1])
+        middles = targets.mean(axis=0)
+        linear = np.vstack([np.linalg.solve(gram, scaled.T @ (targets - middles)), middles])
+        rounds, own_options = MANY if len(rows) >= MANY_LABELS else FEW
+        options = {**TREE_OPTIONS, **own_options}
+        trees = [
+            lightgbm.train(options, lightgbm.Dataset(dense, column), rounds) for column in targets.T
+        ]
+        return _Heads(text, intercepts, middle, components, mean, scale, linear, trees)
+
+    def columns(
+        self, heads: _Heads, fitted: npt.NDArray[Any], rows: npt.NDArray[Any]
+    ) -> tuple[Array, Array]:
+        """What `RouterModel.columns` gives, for many rows at a time."""
+        matrix = self.text.matrix(rows, heads.text.places, heads.text.idf)
+        dense = np.hstack(
+            [(self.vectors[rows] - heads.middle) @ heads.components, self.shapes[rows]]
+        )
+        scaled = np.hstack([(dense - heads.mean) / heads.scale, np.ones((len(rows), 1))])
+        trees = np.stack([one.predict(dense) for one in heads.trees], axis=1)
+        similar = self.vectors[rows] @ self.vectors[fitted].T
+        gains = self.outcomes.gain[fitted]
+        near = np.array([near_gain(row, gains, NEIGHBOURS) for row in similar])
+        parts = [matrix @ heads.text.weights + heads.intercepts, scaled @ heads.linear, trees]
+        return np.hstack([*parts, near[:, :1]]), near[:, 1]
+
+
+def fit_router(
+    outcomes: Outcomes,
+    embed: Embed,
+    *,
+    weak: str,
+    strong: str,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RouterModel:
+    """Fit heads and stack; the stack sees only predictions for rows that a head was not fitted on.
+
+    The ridge of the stack is chosen by the same folds. Raises InputError for too few labels.
+    """
+    count = len(outcomes.prompts)
+    if count < LEAST_LABELS:
+        raise InputError("--train", count, f"at least {LEAST_LABELS} prompts with both outcomes")
+    fitter = _Fitter(outcomes, embed(outcomes.prompts))
+    folds = np.random.default_rng(seed).permutation(np.arange(count) % FOLDS)
+    held: npt.NDArray[Any] | None = None
+    similarity = np.zeros(count)
+    for fold in range(FOLDS):
+        if progress is not None:
+            progress(f"fitting heads {fold + 1}/{FOLDS + 1}")
+        rest, own = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        columns, similarity[own] = fitter.columns(fitter.fit(rest), rest, own)
+        if held is None:
+            held = np.zeros((count, columns.shape[1]))
+        held[own] = columns
+    assert held is not None
+    mean, scale = held.mean(axis=0), held.std(axis=0) + 1e-9
+    scaled = (held - mean) / scale
+    gain = outcomes.gain - outcomes.gain.mean()
+    ridge = _best_ridge(scaled, gain, folds)
+    every = np.arange(count)
+    if progress is not None:
+        progress(f"fitting heads {FOLDS + 1}/{FOLDS + 1}")
+    heads = fitter.fit(every)
+    bases, trees = zip(*(_arrays(one) for one in heads.trees), strict=True)
+    return RouterModel(
+        weak=weak,
+        strong=strong,
+        mean_gain=float(outcomes.gain.mean()),
+        text=heads.text,
+        text_intercepts=heads.intercepts,
+        middle=heads.middle,
+        components=heads.components,
+        dense_mean=heads.mean,
+        dense_scale=heads.scale,
+        linear=heads.linear,
+        trees=trees,
+        tree_bases=np.array(bases),
+        seen=fitter.vectors.astype(np.float32),
+        seen_gain=outcomes.gain,
+        neighbours=NEIGHBOURS,
+        stack=_ridge(scaled, gain, ridge),
+        stack_mean=mean,
+        stack_scale=scale,
+        least_similarity=float(np.quantile(similarity, UNKNOWN_SHARE)),
+        labels=count,
+    )
+
+
+def sample(outcomes: Outcomes, count: int, seed: int) -> Outcomes:
+    """Some of the prompts, drawn at random."""
+    every = len(outcomes.prompts)
+    rows = sorted(random.Random(seed).sample(range(every), min(count, every)))
+    return Outcomes(
+        [outcomes.prompts[row] for row in rows],
+        outcomes.weak[rows],
+        outcomes.strong[rows],
+        outcomes.targets[rows],
+        outcomes.names,
+    )
+
+
+def _ridge(features: Array, target: Array, ridge: float) -> Array:
+    gram = features.T @ features + ridge * np.eye(features.shape[1])
+    found: npt.NDArray[Any] = np.linalg.solve(gram, features.T @ target)
+    return found
+
+
+def _best_ridge(features: Array, target: Array, folds: npt.NDArray[Any]) -> float:
+    def error(ridge: float) -> float:
+        total = 0.0
+        for fold in range(FOLDS):
+            rest, own = folds != fold, folds == fold
+            off = target[own] - features[own] @ _ridge(features[rest], target[rest], ridge)
+            total += float((off**2).sum())
+        return total
+
+    return min(STACK_RIDGES, key=error)
+
+
+def _arrays(booster: Any) -> tuple[float, Trees]:
+    """A fitted booster as arrays, from its public dump."""
+    dumped = booster.dump_model()["tree_info"]
+    tables = [_nodes(tree["tree_structure"]) for tree in dumped]
+    width = max(len(table) for table in tables)
+    shape_ = (len(tables), width)
+    feature = np.full(shape_, -1, np.int64)
+    left, right = np.zeros(shape_, np.int64), np.zeros(shape_, np.int64)
+    threshold, value = np.zeros(shape_), np.zeros(shape_)
+    for row, table in enumerate(tables):
+        for place, node in enumerate(table):
+            feature[row, place], threshold[row, place] = node[0], node[1]
+            left[row, place], right[row, place], value[row, place] = node[2], node[3], node[4]
+    return 0.0, Trees(feature, threshold, left, right, value)
+
+
+def _nodes(root: Mapping[str, Any]) -> list[tuple[int, float, int, int, float]]:
+    table: list[tuple[int, float, int, int, float]] = []
+
+    def add(node: Mapping[str, Any]) -> int:
+        place = len(table)
+        table.append((-1, 0.0, 0, 0, float(node.get("leaf_value", 0.0))))
+        if "split_feature" in node:
+            left, right = add(node["left_child"]), add(node["right_child"])
+            table[place] = (node["split_feature"], float(node["threshold"]), left, right, 0.0)
+        return place
+
+    add(root)
+    return table
+
+
+def evaluate_routing(
+    model: RouterModel, test: Outcomes, embed: Embed, *, draws: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Scores on prompts not learned from, with bootstrap intervals over the prompts.
+
+    over_random_low: lower bound (2.5 %) of the paired difference to a random choice (.5).
+    """
+    vectors = embed(test.prompts)
+    predictions = [
+        model.predict(prompt, vector) for prompt, vector in zip(test.prompts, vectors, strict=True)
+    ]
+    gains = np.array([one.gain for one in predictions])
+    score = score_routing(gains, test.weak, test.strong)
+    low, high = bootstrap_apgr(gains, test, draws=draws, seed=seed)
+    steps = np.linspace(0, len(gains), 51).astype(int)
+    return {
+        "apgr": round(score.apgr, 4),
+        "cpt50": round(score.cpt50, 4),
+        "cpt80": round(score.cpt80, 4),
+        "n": len(gains),
+        "apgr_95": [round(low, 4), round(high, 4)],
+        "known": round(float(np.mean([one.known for one in predictions])), 4),
+        "weak": round(float(test.weak.mean()), 4),
+        "strong": round(float(test.strong.mean()), 4),
+        "labels": model.labels,
+        "curve": [
+            [round(float(score.shares[i]), 4), round(float(score.recovered[i]), 4)] for i in steps
+        ],
+    }
+
+
+def bootstrap_apgr(gains: Array, test: Outcomes, *, draws: int, seed: int) -> tuple[float, float]:
+    """The central 95 % of APGR over prompts drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        rows = rng.integers(0, len(gains), len(gains))
+        if test.strong[rows].mean() > test.weak[rows].mean():
+            found.append(score_routing(gains[rows], test.weak[rows], test.strong[rows]).apgr)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

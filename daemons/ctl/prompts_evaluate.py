@@ -1,0 +1,90 @@
+"""intentctl prompts evaluate: the proxy's decisions, measured on recorded data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intentd.core.errors import InputError, IntentdError
+from intentd.daemons.ctl.output import JsonOption, message, print_json, print_table
+
+if TYPE_CHECKING:
+    from intentd.controller.search.prompts_data import CachedEmbedder
+
+app = typer.Typer(help="Decision quality on recorded outcomes.", no_args_is_help=True)
+
+TrainOption = Annotated[
+    list[Path], typer.Option(help="Files to learn from; of rows with splits, the train rows.")
+]
+TestOption = Annotated[
+    Path, typer.Option(help="File to report on; of rows with splits, the dev rows.")
+]
+
+
+def _rows(paths: list[Path], split: str) -> list[dict[str, Any]]:
+    from intentd.controller.search.prompts_data import of_split, read_rows
+
+    rows = [row for path in paths for row in of_split(read_rows(path), split)]
+    if not rows:
+        raise InputError("files", [str(path) for path in paths], f"rows of the split {split!r}")
+    return rows
+
+
+def _embedder() -> CachedEmbedder:
+    try:
+        from intentd.controller.search.prompts_data import CachedEmbedder, default_cache
+        from intentd.proxy.minilm import MiniLM
+
+        lazy: list[MiniLM] = []
+
+        def embed(texts: Any) -> Any:
+            message(f"embedding {len(texts)} texts")
+            if not lazy:
+                lazy.append(MiniLM())
+            return lazy[0].embed(texts)
+
+        return CachedEmbedder(embed, default_cache())
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("intentd"):
+            raise
+        text = f"{error.name} is not installed (pip install 'intentd[evaluate]')"
+        raise IntentdError(f"prompts evaluate: {text}") from None
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    shown = {key: value for key, value in result.items() if not isinstance(value, (list, dict))}
+    print_table(("figure", "value"), [(key, str(value)) for key, value in shown.items()])
+
+
+@app.command("routing")
+def routing(
+    train: TrainOption,
+    test: TestOption,
+    weak: Annotated[str, typer.Option(help="The cheap model's name in the files.")],
+    strong: Annotated[str, typer.Option(help="The dear model's name in the files.")],
+    labels: Annotated[
+        int | None, typer.Option(min=1, help="Learn from so many of the prompts only.")
+    ] = None,
+    seed: int = 0,
+    json: JsonOption = False,
+) -> None:
+    """Learn a router and report APGR and the strong calls for 50 % and 80 % of the gap."""
+    from intentd.controller.search.prompts_routing import (
+        evaluate_routing,
+        fit_router,
+        outcomes_of,
+        sample,
+    )
+
+    learned = outcomes_of(_rows(train, "train"), weak, strong)
+    if labels is not None:
+        learned = sample(learned, labels, seed)
+    tested = outcomes_of(_rows([test], "dev"), weak, strong, helpers=False)
+    embed = _embedder()
+    model = fit_router(learned, embed, weak=weak, strong=strong, seed=seed, progress=message)
+    _show(evaluate_routing(model, tested, embed, seed=seed), json)

@@ -30,11 +30,11 @@ def is_virtual() -> bool:
 
 
 @contextlib.contextmanager
-def processors_awake() -> Iterator[list[int]]:
-    """One spinner a processor, on virtual machines; elsewhere none. Yields their process ids."""
+def processors_awake(*, wanted: bool = True) -> Iterator[list[int]]:
+    """One spinner a processor, on virtual machines; elsewhere, or unwanted, none. Yields their process ids."""
     spinners: list[subprocess.Popen[bytes]] = []
     try:
-        if is_virtual():
+        if wanted and is_virtual():
             for cpu in sorted(os.sched_getaffinity(0)):
                 spinner = subprocess.Popen([sys.executable, "-I", "-S", "-c", _SPIN])
                 spinners.append(spinner)

@@ -166,7 +166,7 @@ class Lab:
             await self._apply(scenario.policy)
             self._playing.clear()
             before = processor_times()
-            with processors_awake() if self.shaped else contextlib.nullcontext([]):
+            with processors_awake(wanted=self.shaped):
                 played = await self._play(scenario, work)
             steal = steal_share(before, processor_times())
             if steal <= STEAL_AT_MOST or repeat == self.setup.repeats:

@@ -31,7 +31,7 @@ def is_virtual() -> bool:
 
 @contextlib.contextmanager
 def processors_awake(*, wanted: bool = True) -> Iterator[list[int]]:
-    """One spinner a processor, on virtual machines; elsewhere, or unwanted, none. Yields their process ids."""
+    """One spinner a processor on virtual machines; else none. Yields their process ids."""
     spinners: list[subprocess.Popen[bytes]] = []
     try:
         if wanted and is_virtual():

@@ -226,7 +226,8 @@ def test_a_restart_brings_a_higher_epoch_and_keeps_what_is_held(
             welcome = client.hello(run)
             assert welcome.epoch > epoch
             assert welcome.accepted == (run,)
-            daemon.until(lambda: daemon.status()["ready"])
+            # Keeps its lease meanwhile: recovering takes as long as a lease does.
+            daemon.until(lambda: client.hello(run).epoch and daemon.status()["ready"])
             assert client.tickets().first == held.first + held.count
         finally:
             client.close()

@@ -1,0 +1,248 @@
+"""What a user asks for: one job, validated, with every error naming its field."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from intentd.core.errors import InputError
+from intentd.core.jobs.demand import MAX_GPUS, DemandFunction, from_table, linear
+
+MAX_COMMAND: Final = 1024
+MAX_ENVIRONMENT: Final = 512
+MAX_TEXT: Final = 16384
+MAX_LABELS: Final = 32
+MAX_TRIALS: Final = 10_000
+MAX_ARRAY: Final = 1000
+MAX_GRACE_S: Final = 3600.0
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
+RESERVED: Final = "INTENTD_"
+SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """One job as submitted. Build with ``spec_from_plain``.
+
+    demand: GPUs -> seconds, as measured; empty: linear on size_gpu_s; both absent: the size is
+    learned from finished jobs of the same owner and name. speeds: a named profile, filled in by
+    whoever knows it. trials: independent runs inside, told to the job. checkpoint_signal asks
+    the job to save and end within grace_s, then it is killed. time_limit_s: of running, over
+    all its runs; 0: none. retries: restarts after a lost node or process.
+    """
+
+    command: tuple[str, ...]
+    name: str = "job"
+    owner: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    min_gpus: int = 1
+    max_gpus: int = 1
+    demand: Mapping[int, float] = field(default_factory=dict)
+    size_gpu_s: float = 0.0
+    profile: str = ""
+    speeds: tuple[float, ...] = ()
+    trials: int = 1
+    checkpoint_signal: str = "SIGTERM"
+    grace_s: float = 30.0
+    time_limit_s: float = 0.0
+    retries: int = 3
+    labels: Mapping[str, str] = field(default_factory=dict)
+    array_index: int = -1
+
+    def function(self, learned_size_gpu_s: float) -> DemandFunction:
+        """Its demand function. Raises InputError (empty, negative, NaN, minimum missing)."""
+        if self.demand:
+            table: dict[object, object] = {gpus: s for gpus, s in self.demand.items()}  # noqa: C416  widens the key type
+            return from_table(table, smallest=self.min_gpus, largest=self._largest())
+        size = self.size_gpu_s or learned_size_gpu_s
+        if not self.speeds:
+            return linear(size, self.max_gpus, self.min_gpus)
+        rows: dict[object, object] = {
+            gpus: size * self.speeds[self.min_gpus] / (self.min_gpus * speed)
+            for gpus, speed in enumerate(self.speeds)
+            if gpus >= self.min_gpus and speed > 0
+        }
+        return from_table(rows, smallest=self.min_gpus, largest=min(self.max_gpus, max_of(rows)))
+
+    def _largest(self) -> int:
+        return min(self.max_gpus, max(self.demand))
+
+
+def max_of(rows: Mapping[object, object]) -> int:
+    return max(int(str(gpus)) for gpus in rows)
+
+
+def spec_to_plain(spec: JobSpec) -> dict[str, Any]:
+    """As JSON-ready types."""
+    plain: dict[str, Any] = {item.name: getattr(spec, item.name) for item in fields(spec)}
+    plain["command"] = list(spec.command)
+    plain["speeds"] = list(spec.speeds)
+    plain["env"] = dict(spec.env)
+    plain["labels"] = dict(spec.labels)
+    table = {str(gpus): seconds for gpus, seconds in spec.demand.items()}
+    plain["demand"] = table or None
+    return plain
+
+
+def spec_from_plain(
+    plain: object, profiles: Mapping[str, tuple[float, ...]] | None = None
+) -> JobSpec:
+    """For untrusted input. profiles: name -> speed at 0..n GPUs. Raises InputError."""
+    if not isinstance(plain, Mapping):
+        raise InputError("job", plain, "a table of fields")
+    known = {item.name for item in fields(JobSpec)}
+    for name in plain:
+        if name not in known:
+            raise InputError(str(name)[:80], plain[name], f"one of {', '.join(sorted(known))}")
+    given = dict(plain)
+    min_gpus = _whole(given, "min_gpus", 1, 1, MAX_GPUS)
+    table = _demand(given.get("demand"))
+    default_most = max(table) if table else min_gpus
+    max_gpus = _whole(given, "max_gpus", default_most, 1, MAX_GPUS)
+    if max_gpus < min_gpus:
+        raise InputError("max_gpus", max_gpus, f"at least min_gpus ({min_gpus})")
+    size = _seconds(given, "size_gpu_s", 0.0, math.inf)
+    if table and size:
+        raise InputError("size_gpu_s", size, "demand or size_gpu_s, not both")
+    profile, speeds = _profile(given, profiles or {})
+    chosen = str(given.get("checkpoint_signal", "SIGTERM")).upper()
+    chosen = chosen if chosen.startswith("SIG") else f"SIG{chosen}"
+    if chosen not in SIGNALS:
+        raise InputError("checkpoint_signal", chosen, f"one of {', '.join(SIGNALS)}")
+    spec = JobSpec(
+        command=_command(given.get("command")),
+        name=_name(given, "name", "job"),
+        owner=_name(given, "owner", "") if given.get("owner") else "",
+        env=_environment(given.get("env") or {}),
+        workdir=_workdir(given.get("workdir", "")),
+        min_gpus=min_gpus,
+        max_gpus=max_gpus,
+        demand=table,
+        size_gpu_s=size,
+        profile=profile,
+        speeds=speeds,
+        trials=_whole(given, "trials", 1, 1, MAX_TRIALS),
+        checkpoint_signal=chosen,
+        grace_s=_seconds(given, "grace_s", 30.0, MAX_GRACE_S),
+        time_limit_s=_seconds(given, "time_limit_s", 0.0, math.inf),
+        retries=_whole(given, "retries", 3, 0, 100),
+        labels=_labels(given.get("labels") or {}),
+        array_index=_whole(given, "array_index", -1, -1, MAX_ARRAY),
+    )
+    spec.function(1.0)
+    return spec
+
+
+def signal_number(spec: JobSpec) -> int:
+    return int(signal.Signals[spec.checkpoint_signal])
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(name, value, f"a whole number from {low} to {high}")
+    return value
+
+
+def _seconds(given: Mapping[str, Any], name: str, default: float, high: float) -> float:
+    value = given.get(name, default)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (good and math.isfinite(value) and 0 <= value <= high):
+        limit = f"from 0 to {high:g}" if math.isfinite(high) else ">= 0"
+        raise InputError(name, value, f"a finite number {limit}")
+    return float(value)
+
+
+def _name(given: Mapping[str, Any], field_name: str, default: str) -> str:
+    value = given.get(field_name, default)
+    if not isinstance(value, str) or not _NAME.match(value):
+        raise InputError(field_name, value, "1 to 128 letters, digits, dots, dashes, underscores")
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
+        raise InputError(where, str(value)[:80], f"text of at most {MAX_TEXT} characters")
+    return value
+
+
+def _command(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise InputError("command", value, "a list of a program and its arguments")
+    if len(value) > MAX_COMMAND:
+        raise InputError("command", len(value), f"at most {MAX_COMMAND} arguments")
+    words = tuple(_text(word, f"command[{at}]") for at, word in enumerate(value))
+    if not words[0]:
+        raise InputError("command[0]", "", "a program")
+    return words
+
+
+def _environment(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or len(value) > MAX_ENVIRONMENT:
+        raise InputError("env", "(hidden)", f"a table of at most {MAX_ENVIRONMENT} variables")
+    for name in value:
+        if not isinstance(name, str) or not _VARIABLE.match(name) or name.startswith(RESERVED):
+            raise InputError(f"env.{name!s:.80}", "(hidden)", f"a name, not of {RESERVED}*")
+        if not isinstance(value[name], str) or "\0" in value[name] or len(value[name]) > MAX_TEXT:
+            raise InputError(f"env.{name}", "(hidden)", f"text of at most {MAX_TEXT} characters")
+    return dict(value)
+
+
+def _workdir(value: object) -> str:
+    path = _text(value, "workdir")
+    if path and not path.startswith("/"):
+        raise InputError("workdir", path, "an absolute path")
+    return path
+
+
+def _labels(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or len(value) > MAX_LABELS:
+        raise InputError("labels", value, f"a table of at most {MAX_LABELS} labels")
+    for name, text in value.items():
+        if not isinstance(name, str) or not _NAME.match(name):
+            raise InputError(f"labels.{name!s:.80}", name, "letters, digits, dots, dashes")
+        if not isinstance(text, str) or len(text) > 256:
+            raise InputError(f"labels.{name}", text, "text of at most 256 characters")
+    return dict(value)
+
+
+def _demand(value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not value:
+        raise InputError("demand", value, "a table {GPUs: seconds} with at least one entry")
+    table: dict[int, float] = {}
+    for gpus, seconds in value.items():
+        at = int(str(gpus)) if str(gpus).isdecimal() else 0
+        if not 1 <= at <= MAX_GPUS:
+            raise InputError("demand", gpus, f"a number of GPUs from 1 to {MAX_GPUS}")
+        good = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if not (good and math.isfinite(seconds) and seconds > 0):
+            raise InputError(f"demand[{at}]", seconds, "a finite number > 0")
+        table[at] = float(seconds)
+    return table
+
+
+def _profile(
+    given: Mapping[str, Any], profiles: Mapping[str, tuple[float, ...]]
+) -> tuple[str, tuple[float, ...]]:
+    name = given.get("profile", "")
+    if not name:
+        return "", ()
+    if given.get("demand"):
+        raise InputError("profile", name, "demand or profile, not both")
+    speeds = tuple(given.get("speeds") or profiles.get(name) or ())
+    if not speeds:
+        raise InputError("profile", name, f"one of {', '.join(sorted(profiles)) or 'none known'}")
+    for at, speed in enumerate(speeds):
+        if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 0 <= speed < 1e6:
+            raise InputError(f"speeds[{at}]", speed, "a finite number >= 0")
+    if len(speeds) <= int(given.get("min_gpus", 1)):
+        raise InputError("min_gpus", given.get("min_gpus", 1), f"at most {len(speeds) - 1}")
+    return str(name), speeds

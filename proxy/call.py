@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-from intentd.core.prompts.budgets import most_tokens
+from intentd.core.prompts.budgets import BudgetRule, most_tokens
+from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.money import format_dollars
 from intentd.proxy.adapter.native import Upstream, Usage
 from intentd.proxy.keys import Key
@@ -26,6 +27,7 @@ class Call:
     path: below the provider's base URL. body: the provider's request, changed on the way.
     size_bytes: of the request's text as JSON, images and files left out. cap: the client's own
     bound on an answer. answers: how many it asks for; 0 when nothing is generated (embeddings).
+    by_pipeline: the cap is always sent, and the pipeline decides about other models.
     """
 
     path: str
@@ -40,6 +42,9 @@ class Call:
     size_bytes: int = 0
     images: int = 0
     messages: int = 0
+    purpose: str = "answer"
+    by_pipeline: bool = False
+    extension: dict[str, Any] = field(default_factory=dict)
 
     def most_in_tokens(self, upstream: Upstream) -> int:
         """Upper bound on the input: no token is shorter than the model's min_bytes_per_token."""
@@ -61,11 +66,15 @@ class Call:
         """The request for one model; cap 0 leaves the answer's length to the client."""
         body = self.body
         body["model"] = upstream.upstream_model
+        if self.by_pipeline:
+            cap = min(self.cap or cap, upstream.model.max_output_tokens)
         if cap:
             body[self.cap_field or upstream.model.max_tokens_field] = cap
-        if self.stream and upstream.model.stream_usage:
-            options = body.get("stream_options")
-            body["stream_options"] = {**(options or {}), "include_usage": True}
+        if self.stream:
+            body["stream"] = True
+            if upstream.model.stream_usage:
+                options = body.get("stream_options")
+                body["stream_options"] = {**(options or {}), "include_usage": True}
         return orjson.dumps(body)
 
 
@@ -120,6 +129,8 @@ class Exchange:
     status: int = 0
     outcome: str = ""
     encoded: bytes = b""
+    trace: Trace | None = None
+    rules: tuple[BudgetRule, ...] = ()
 
     @property
     def cost_nano(self) -> int:
@@ -134,18 +145,26 @@ class Exchange:
         if self.first_token_s is not None:
             latency["first_token"] = round(self.first_token_s * 1e3, 2)
         cost = self.cost_nano
+        whole = {
+            "cost": format_dollars(cost),
+            "cost_nano": cost,
+            "estimated": any(step.estimated for step in self.steps),
+            "latency_ms": latency,
+            "policy": self.policy,
+        }
+        if self.trace is not None:
+            plain = self.trace.to_plain()
+            plain.pop("latency_s")
+            calls = [step.to_plain() for step in self.steps]
+            return {**plain, "request_id": self.request_id, "models": calls, **whole}
         return {
             "request_id": self.request_id,
             "service_type": self.service_type,
             "model": self.model,
             "models": [step.to_plain() for step in self.steps],
             "context": {"messages": self.context_messages, "source": "client"},
-            "cache": {"status": "skip"},
-            "cost": format_dollars(cost),
-            "cost_nano": cost,
-            "estimated": any(step.estimated for step in self.steps),
-            "latency_ms": latency,
-            "policy": self.policy,
+            "cache": {"result": "off"},
+            **whole,
         }
 
     def encode(self) -> bytes:

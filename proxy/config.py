@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from intentd.core.errors import ConfigError
 from intentd.core.prompts.budgets import PERIODS, UNITS
+from intentd.core.prompts.models import ModelSpec
 from intentd.core.prompts.money import Price, parse_dollars
 from intentd.daemons.kit.config import (
     DaemonConfig,
@@ -19,7 +20,9 @@ from intentd.daemons.kit.config import (
     is_loopback,
     split_address,
 )
+from intentd.proxy.service import offered_types
 
+UNKNOWN_WINDOW: Final = 1 << 30
 DEFAULT_BIND: Final = "127.0.0.1:7450"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}\Z")
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -98,6 +101,15 @@ class ModelSection(Section):
         default=(),
         description="Models asked, in order, when this one fails before its first token.",
     )
+    capabilities: tuple[str, ...] = Field(
+        default=(), description="What it can do, for filters: tools, json, images and the like."
+    )
+    regions: tuple[str, ...] = Field(
+        default=(), description="Where it is offered, for filters. Empty: everywhere."
+    )
+    quality: float | None = Field(
+        default=None, description="0 to 1 from public benchmarks, for filters.", ge=0, le=1
+    )
     stream_usage: bool = Field(
         default=True,
         description="Ask it for the token counts of streams (stream_options.include_usage). "
@@ -118,6 +130,21 @@ class ModelSection(Section):
             raise ConfigError("api_key_env", "(hidden)", "the NAME of an environment variable")
         self.price()
         return self
+
+    def spec(self) -> ModelSpec:
+        """What pipelines know of it."""
+        return ModelSpec(
+            self.name,
+            self.upstream_model,
+            self.base_url,
+            self.price(),
+            self.window or UNKNOWN_WINDOW,
+            self.max_output_tokens,
+            frozenset(self.capabilities),
+            frozenset(self.regions),
+            self.quality,
+            max_concurrency=self.max_concurrency,
+        )
 
     def price(self) -> Price:
         cached = (
@@ -231,6 +258,22 @@ class RecordsSection(Section):
     )
 
 
+class ConversationsSection(Section):
+    """Conversations the proxy keeps for clients that name one."""
+
+    max_messages: int = Field(
+        default=1000, description="Prompt-answer pairs kept of each; the oldest go first.", ge=1
+    )
+    max_rows: int = Field(
+        default=1_000_000, description="Pairs kept of all together; the oldest go first.", ge=1
+    )
+    wait_s: Duration = Field(
+        default=300.0,
+        description="Longest wait for the earlier requests of the same conversation.",
+        gt=0,
+    )
+
+
 class ProxyConfig(DaemonConfig):
     """Everything intentd-proxy reads from its file."""
 
@@ -242,6 +285,12 @@ class ProxyConfig(DaemonConfig):
     keys: KeysSection = Field(default=KeysSection(), description="API keys.")
     budgets: tuple[BudgetSection, ...] = Field(
         default=(), description="Budgets that bind all keys or a tenant's."
+    )
+    service_types: tuple[dict[str, Any], ...] = Field(
+        default=(), description="Your own service types; see docs/prompts.md."
+    )
+    conversations: ConversationsSection = Field(
+        default=ConversationsSection(), description="Conversations."
     )
     records: RecordsSection = Field(default=RecordsSection(), description="The request log.")
 
@@ -258,6 +307,7 @@ class ProxyConfig(DaemonConfig):
                     raise ConfigError(
                         f"models[{index}].fallbacks[{place}]", name, "another model of the pool"
                     )
+        offered_types(self.service_types)
         host, _ = split_address(self.listen.bind, "listen.bind")
         if not is_loopback(host) and not self.keys.required:
             raise ConfigError(

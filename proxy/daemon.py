@@ -16,6 +16,7 @@ from intentd.core.errors import ConfigError, InputError, IntentdError
 from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.core.prompts.budgets import BudgetRule
 from intentd.core.prompts.health import HealthState
+from intentd.core.prompts.models import ModelPool
 from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
@@ -23,11 +24,14 @@ from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.store import Store
 from intentd.proxy.adapter.native import Upstream, open_session
 from intentd.proxy.config import ProxyConfig, budget_limit
+from intentd.proxy.conversations import Conversations
+from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
 from intentd.proxy.keys import Keys
 from intentd.proxy.ledger import Ledger
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.server import Api
+from intentd.proxy.service import offered_types
 from intentd.proxy.store.sqlite import MIGRATIONS
 
 _log = logging.getLogger(__name__)
@@ -62,8 +66,16 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         kit.metrics.registry.register(metrics)
         self._session = open_session(config.upstream)
         engine = Engine(config.upstream, ledger, metrics, kit.clock, kit.rng)
+        conversations = Conversations(self._store, kit.clock, config.conversations)
         self.api = Api(
-            config, engine, Keys(self._store, kit.clock), ledger, metrics, kit.metrics, kit.clock
+            config,
+            engine,
+            Keys(self._store, kit.clock),
+            ledger,
+            metrics,
+            kit.metrics,
+            kit.clock,
+            Driver(engine, conversations),
         )
         self._take(config)
         tasks.create_task(ledger.run(), name="ledger")
@@ -209,6 +221,9 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             shared[budget.scope].append(BudgetRule(budget.scope, unit, limit, budget.period))
         api.engine.set_pool(upstreams, config.upstream)
         api.engine.shared_budgets = {scope: tuple(rules) for scope, rules in shared.items()}
+        api.driver.pool = ModelPool(model.spec() for model in config.models)
+        api.driver.conversations.section = config.conversations
+        api.types = offered_types(config.service_types)
         api.config = config
 
     async def _listen(self, api: Api) -> None:

@@ -132,7 +132,7 @@ class Attempt:
         engine = self._engine
         held = self._held
         upstream = self.model.upstream
-        step = Step(self.model.name, "answer", outcome, usage)
+        step = Step(self.model.name, self._call.purpose, outcome, usage)
         step.seconds = engine.clock.now() - self._started_s
         if usage is not None:
             step.cost_nano = usage.cost_nano(upstream.price)
@@ -142,7 +142,7 @@ class Attempt:
                     {
                         "nano_dollars": step.cost_nano,
                         "tokens": usage.in_tokens + usage.out_tokens,
-                        "requests": 1,
+                        "requests": held.amounts["requests"],
                     },
                 )
         elif sent:
@@ -151,7 +151,10 @@ class Attempt:
             step.estimated = True
             if held.reservation is not None:
                 step.cost_nano = held.amounts["nano_dollars"]
-                amounts = {**held.amounts, "requests": int(outcome in ("ok", "left", "cut"))}
+                amounts = {
+                    **held.amounts,
+                    "requests": held.amounts["requests"] if outcome in ("ok", "left", "cut") else 0,
+                }
                 engine.ledger.settle(held.reservation, amounts, estimated=True)
             else:
                 step.usage = guessed_usage(self._call, answer_bytes)
@@ -290,13 +293,13 @@ class Engine:
         paid = True  # the first attempt is not a retry
         while True:
             if last is not None and not paid:
-                if not self._untried(call.model, failed):
+                if not self._untried(call, failed):
                     if not self._may_retry(failed, last):
                         raise _api_error(last)
                     await clock.sleep(self._backoff_s(len(failed), last))
                 self.metrics.retries += 1
                 paid = True
-            model = self._choose(call.model, failed, clock.now())
+            model = self._choose(call, failed, clock.now())
             if model is None:
                 await self._wait(call, last, deadline_s)
                 continue
@@ -331,7 +334,7 @@ class Engine:
         else:
             places.taken += 1
         try:
-            rules = self.rules(exchange.key)
+            rules = (*self.rules(exchange.key), *exchange.rules)
             held = await self._reserve(call, exchange, model.upstream, rules) if rules else _NO_HOLD
             body = call.payload(model.upstream, held.cap)
         except BaseException:
@@ -350,7 +353,7 @@ class Engine:
         amounts = {
             "nano_dollars": upstream.price.cost_nano(in_tokens, out_tokens),
             "tokens": in_tokens + out_tokens,
-            "requests": 1,
+            "requests": int(call.purpose == "answer"),
         }
         key = exchange.key
         before_s = self.clock.now()
@@ -363,28 +366,30 @@ class Engine:
         exchange.reserve_s += self.clock.now() - before_s
         return _Held(reservation, amounts, cap)
 
-    def _choose(self, name: str, failed: list[str], now: float) -> PoolModel | None:
+    def _choose(self, call: Call, failed: list[str], now: float) -> PoolModel | None:
         """The first of the model and its fallbacks that has not failed and may be asked; else the
         first that may be asked again."""
-        first = self.models[name]
+        first = self.models[call.model]
         if not failed and first.health.state is HealthState.CLOSED:
             return first
         for again in (False, True):
-            for model in self._order(name):
+            for model in self._order(call):
                 if (model.name in failed) is again and model.health.admit(now):
                     return model
         return None
 
-    def _order(self, name: str) -> list[PoolModel]:
-        first = self.models[name]
+    def _order(self, call: Call) -> list[PoolModel]:
+        first = self.models[call.model]
+        if call.by_pipeline:
+            return [first]
         return [first, *(self.models[other] for other in first.upstream.model.fallbacks)]
 
-    def _untried(self, name: str, failed: list[str]) -> bool:
+    def _untried(self, call: Call, failed: list[str]) -> bool:
         """Whether a fallback is left that may be asked."""
         now = self.clock.now()
         return any(
             model.name not in failed and model.health.wait_s(now) <= 0
-            for model in self._order(name)
+            for model in self._order(call)
         )
 
     async def _wait(self, call: Call, last: UpstreamError | None, deadline_s: float) -> None:
@@ -393,7 +398,7 @@ class Engine:
         Raises ApiError.
         """
         now = self.clock.now()
-        soonest = min(self._order(call.model), key=lambda model: model.health.wait_s(now))
+        soonest = min(self._order(call), key=lambda model: model.health.wait_s(now))
         wait_s = soonest.health.wait_s(now)
         patient = soonest.health.reason == "rate_limited"
         if not patient or wait_s > self.section.max_retry_after_s or now + wait_s > deadline_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import re
@@ -19,27 +20,30 @@ from aiohttp.streams import StreamReader
 
 from intentd.core.errors import InputError
 from intentd.core.prompts.limits import Rate, RateLimiter
+from intentd.core.prompts.pipeline import PipelineError
+from intentd.core.prompts.regenerate import Previous, regenerate
+from intentd.core.prompts.service_types import ServiceType, get_type, with_options
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.metrics import Metrics
-from intentd.proxy.adapter.native import Event, UpstreamError
-from intentd.proxy.adapter.sse import DONE, encode_event
+from intentd.proxy import native
 from intentd.proxy.call import Call, Exchange, models_named
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.dialects import openai_chat
-from intentd.proxy.engine import Attempt, Engine
+from intentd.proxy.driver import Driver
+from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError, bad_field, from_input_error, shown
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.ledger import Ledger
 from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.service import FIXED, quota_rules, restricted
+from intentd.proxy.streams import ChatSink, answer_headers, pass_stream, with_metadata
 
 _log = logging.getLogger(__name__)
 
-FIXED: Final = "fixed"
 SERVICE_HEADER: Final = "X-Intentd-Service-Type"
 BODY_TIMEOUT_S: Final = 60.0
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}\Z")
 _SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
-_DONE_EVENT: Final = encode_event(DONE)
 
 Handler = Callable[["web.BaseRequest", Exchange], Awaitable[web.StreamResponse]]
 
@@ -56,9 +60,13 @@ class Api:
         metrics: ProxyMetrics,
         kit_metrics: Metrics,
         clock: Clock,
+        driver: Driver,
     ) -> None:
         self.config = config
         self.engine = engine
+        self.driver = driver
+        self.types: dict[str, ServiceType] = {}
+        self.memory = native.Memory(config.records.recent)
         self.keys = keys
         self.ledger = ledger
         self.metrics = metrics
@@ -72,7 +80,9 @@ class Api:
         self._limiters: dict[Rate, RateLimiter] = {}
         self._recent: OrderedDict[str, Exchange] = OrderedDict()
         self._routes: dict[str, tuple[str, Handler]] = {
-            "/v1/chat/completions": ("POST", self._generate(openai_chat.read_chat)),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/v1/request": ("POST", self._request),
+            "/v1/regenerate": ("POST", self._regenerate),
             "/v1/completions": ("POST", self._generate(openai_chat.read_completion)),
             "/v1/embeddings": ("POST", self._generate(openai_chat.read_embeddings)),
             "/v1/models": ("GET", self._list_models),
@@ -155,7 +165,7 @@ class Api:
         exchange.path = path
         route = self._routes.get(path)
         if route is None:
-            route = self._route_with_id(path)
+            route = self._route_with_id(path, request.method)
         method, handler = route
         if request.method != method:
             raise ApiError(405, f"{path}: got {shown(request.method)}, expected {method}")
@@ -167,13 +177,17 @@ class Api:
         exchange.key = self._authorise(request)
         return await handler(request, exchange)
 
-    def _route_with_id(self, path: str) -> tuple[str, Handler]:
+    def _route_with_id(self, path: str, asked: str) -> tuple[str, Handler]:
         for prefix, handler in (
             ("/v1/models/", self._show_model),
             ("/v1/requests/", self._show_request),
+            ("/v1/conversations/", self._conversation),
         ):
             if path.startswith(prefix) and len(path) > len(prefix):
-                return "GET", functools.partial(handler, path[len(prefix) :])
+                method = "GET"
+                if asked == "DELETE" and prefix == "/v1/conversations/":
+                    method = asked
+                return method, functools.partial(handler, path[len(prefix) :])
         raise ApiError(404, f"no such path: {shown(path)}", code="unknown_path")
 
     def _authorise(self, request: web.BaseRequest) -> Key:
@@ -220,7 +234,7 @@ class Api:
 
     def _error(self, exchange: Exchange, error: ApiError) -> web.Response:
         exchange.status = error.status
-        headers = _headers(exchange)
+        headers = answer_headers(exchange)
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
         if error.status == 401:
@@ -236,22 +250,153 @@ class Api:
 
     def _generate(self, read: Callable[[bytes, str], Call]) -> Handler:
         async def generate(request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-            raw = await self._body(request)
-            call = read(raw, _service_header(request))
-            self._admit(call, exchange)
-            if call.stream:
-                return await self._stream(request, call, exchange)
-            answer = await self.engine.complete(call, exchange)
-            exchange.model = exchange.steps[-1].model
-            exchange.total_s = self._clock.now() - exchange.started_s
-            exchange.status = 200
-            return web.Response(
-                body=_with_metadata(answer.raw, answer.value, exchange),
-                headers=_headers(exchange),
-                content_type="application/json",
-            )
+            call = read(await self._body(request), _service_header(request))
+            name = call.service_type or FIXED
+            if name != FIXED:
+                raise bad_field("service_type", name, FIXED, code="unknown_service_type")
+            return await self._pass_through(request, call, exchange)
 
         return generate
+
+    async def _chat(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """A chat: as it is to the model it names, or by a service type."""
+        call = openai_chat.read_chat(await self._body(request), _service_header(request))
+        if not call.service_type and call.model not in self.engine.models:
+            call.service_type = call.model if call.model in self.types else FIXED
+        header = request.headers.get(native.CONVERSATION_HEADER)
+        conversation = native.conversation_name(
+            call.extension.get("conversation", header),
+            "intentd.conversation"
+            if "conversation" in call.extension
+            else "X-Intentd-Conversation",
+        )
+        options = call.extension.get("options", {})
+        if not isinstance(options, dict):
+            raise bad_field("intentd.options", options, "an object")
+        call.service_type = call.service_type or FIXED
+        if call.service_type == FIXED and not conversation and not options:
+            return await self._pass_through(request, call, exchange)
+        if call.service_type == FIXED:
+            options = {"model": call.model, **options}
+        asked = native.chat_request(call, conversation, options)
+        return await self._delegate(request, asked, exchange, call)
+
+    async def _pass_through(
+        self, request: web.BaseRequest, call: Call, exchange: Exchange
+    ) -> web.StreamResponse:
+        self._admit(call, exchange)
+        if call.stream:
+            return await pass_stream(self.engine, request, call, exchange)
+        answer = await self.engine.complete(call, exchange)
+        exchange.model = exchange.steps[-1].model
+        exchange.total_s = self._clock.now() - exchange.started_s
+        exchange.status = 200
+        return web.Response(
+            body=with_metadata(answer.raw, answer.value, exchange),
+            headers=answer_headers(exchange),
+            content_type="application/json",
+        )
+
+    async def _request(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """``request(prompt, service_type, {key: value})`` (dissertation, table 4.2)."""
+        asked = native.read_request(await self._body(request))
+        return await self._delegate(request, asked, exchange, None)
+
+    async def _regenerate(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """``regenerate(service_type, {key: value})``: a better answer in place of another."""
+        wanted = native.read_regenerate(await self._body(request))
+        before = self.memory.find(wanted.request_id, exchange.key.key_id)
+        options = {**before.asked.options, **wanted.options}
+        name = wanted.service_type or before.asked.service_type
+        if wanted.service_type and wanted.service_type != before.asked.service_type:
+            options = wanted.options  # those of the other type may mean nothing here
+        asked = native.Asked(name, before.asked.request, options)
+        return await self._delegate(request, asked, exchange, None, before, wanted.request_id)
+
+    async def _delegate(
+        self,
+        http: web.BaseRequest,
+        asked: native.Asked,
+        exchange: Exchange,
+        call: Call | None,
+        before: native.Remembered | None = None,
+        regenerates: str = "",
+    ) -> web.StreamResponse:
+        """Run a service type. call: the chat it came as; None for the native API."""
+        made = self._made(asked, exchange)
+        request = asked.request
+        rounds = 0
+        if before is not None:
+            rounds = before.rounds + 1
+            previous = Previous(
+                regenerates, before.asked.service_type, before.answered_by, before.rounds
+            )
+            made, request = regenerate(
+                previous,
+                request,
+                {**self.types, made.name: made},
+                self.driver.pool,
+                service_type=asked.service_type,
+            )
+        exchange.rules = quota_rules(made, exchange.key.key_id)
+        exchange.policy = self.policy
+        sink = (
+            ChatSink(self.engine, http, call, exchange)
+            if call is not None and call.stream
+            else None
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            if request.conversation:
+                await stack.enter_async_context(
+                    self.driver.conversations.turn(exchange.key.key_id, request.conversation)
+                )
+            try:
+                answer = await self.driver.run(
+                    made, request, exchange, sink.stream if sink is not None else None
+                )
+            except PipelineError as error:
+                exchange.trace = error.trace
+                exchange.outcome = "no_answer"
+                if sink is not None and sink.started:
+                    return await sink.fail(str(error))
+                status = error.status if error.status in (400, 413, 429, 503, 504) else 502
+                raise ApiError(status, str(error), code="no_answer") from None
+            exchange.trace = answer.trace
+            answer.trace.regenerates = regenerates
+            exchange.model = answer.trace.answered_by
+            await self.driver.remember(answer, request, exchange)
+        kept = native.Asked(asked.service_type, request, asked.options)
+        self.memory.keep(
+            exchange.request_id,
+            native.Remembered(exchange.key.key_id, kept, answer.trace.answered_by, rounds),
+        )
+        exchange.total_s = self._clock.now() - exchange.started_s
+        exchange.status = 200
+        if sink is not None:
+            return await sink.finish(answer)
+        if call is not None:
+            raw = answer.reply.raw if answer.reply is not None else {}
+            return _json({**raw, "intentd": exchange.document()}, exchange)
+        document = {
+            "id": exchange.request_id, "response": answer.text, "metadata": exchange.document(),
+        }  # fmt: skip
+        return _json(document, exchange)
+
+    def _made(self, asked: native.Asked, exchange: Exchange) -> ServiceType:
+        """The service type with the request's options, for this key. Raises ApiError."""
+        grants = exchange.key.grants
+        if grants.service_types and asked.service_type not in grants.service_types:
+            raise ApiError(
+                403,
+                f"service_type: this key may use {models_named(grants.service_types)}",
+                param="service_type",
+            )
+        made = get_type(self.types, asked.service_type)
+        exchange.service_type = made.name
+        exchange.model = made.name  # until somebody has answered
+        if "cache" in asked.options:
+            raise bad_field("options.cache", asked.options["cache"], "nothing: there is no cache")
+        return with_options(restricted(made, grants.models), asked.options)
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         bound = self.config.listen.max_body_bytes
@@ -271,8 +416,8 @@ class Api:
             raise ApiError(408, "the body did not arrive in time") from None
 
     def _admit(self, call: Call, exchange: Exchange) -> None:
-        """Names to what they stand for, and whether this key may use it."""
-        exchange.service_type = call.service_type = self._service_type(call)
+        """Whether there is such a model, and this key may use it."""
+        exchange.service_type = call.service_type = FIXED
         grants = exchange.key.grants
         if grants.service_types and call.service_type not in grants.service_types:
             raise ApiError(
@@ -304,42 +449,6 @@ class Api:
                 code="context_length_exceeded",
             )
 
-    def _service_type(self, call: Call) -> str:
-        name = call.service_type or FIXED
-        if name != FIXED:
-            raise bad_field("service_type", name, FIXED, code="unknown_service_type")
-        return name
-
-    async def _stream(
-        self, request: web.BaseRequest, call: Call, exchange: Exchange
-    ) -> web.StreamResponse:
-        async with self.engine.stream(call, exchange) as (stream, attempt):
-            exchange.model = attempt.model.name
-            exchange.first_token_s = self._clock.now() - exchange.started_s
-            self.metrics.first(exchange.model, exchange.service_type, exchange.first_token_s)
-            headers = _headers(exchange)
-            headers["Cache-Control"] = "no-cache"
-            headers["X-Accel-Buffering"] = "no"
-            response = web.StreamResponse(headers=headers)
-            response.content_type = "text/event-stream"
-            exchange.status = 200
-            await response.prepare(request)
-            relay = _Relay(self, call, exchange, attempt)
-            try:
-                while events := await stream.read():
-                    data = relay.take(events)
-                    if data:
-                        await response.write(data)
-            except UpstreamError as error:
-                attempt.failed(error, relay.size_bytes)
-                exchange.outcome = f"upstream_{error.kind}"
-                await response.write(_error_event(exchange, error))
-            except (asyncio.CancelledError, ConnectionError):
-                attempt.left(relay.size_bytes)
-                raise
-            await response.write_eof()
-        return response
-
     # -- reading -------------------------------------------------------------------------------
 
     async def _list_models(
@@ -362,6 +471,28 @@ class Api:
             )  # fmt: skip
         return _json(_model_object(name), exchange)
 
+    async def _conversation(
+        self, name: str, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """The messages of this key's conversation; DELETE forgets them."""
+        name = native.conversation_name(name, "conversation")
+        conversations = self.driver.conversations
+        key_id = exchange.key.key_id
+        if request.method == "DELETE":
+            async with conversations.turn(key_id, name):
+                return _json({"forgotten": await conversations.forget(key_id, name)}, exchange)
+        messages = await conversations.load(key_id, name)
+        return _json(
+            {
+                "conversation": name,
+                "messages": [
+                    {"id": one.message_id, "prompt": one.prompt, "response": one.response}
+                    for one in messages
+                ],
+            },
+            exchange,
+        )
+
     async def _show_request(
         self, name: str, _request: web.BaseRequest, exchange: Exchange
     ) -> web.StreamResponse:
@@ -377,48 +508,8 @@ class Api:
                 )
             document = rows[0].encode()
         return web.Response(
-            body=document, headers=_headers(exchange), content_type="application/json"
+            body=document, headers=answer_headers(exchange), content_type="application/json"
         )
-
-
-class _Relay:
-    """Turns a provider's events into the client's, and notes what the books need."""
-
-    def __init__(self, api: Api, call: Call, exchange: Exchange, attempt: Attempt) -> None:
-        self._api = api
-        self._hide_usage = not call.wants_usage
-        self._exchange = exchange
-        self._attempt = attempt
-        self._usage: Any = None
-        self._last: Event | None = None
-        self.size_bytes = 0
-
-    def take(self, events: list[Event]) -> bytes:
-        """The bytes to send on. The usage chunk waits for [DONE]: it carries the metadata."""
-        out: list[bytes] = []
-        for event in events:
-            value = event.value
-            if value is None:
-                out += self._end()
-                break
-            self.size_bytes += len(event.raw)
-            if event.usage is not None:
-                self._usage = event.usage
-                if not value.get("choices"):
-                    self._last = event
-                    continue
-            out.append(event.raw)
-            out.append(b"\n\n")
-        return b"".join(out)
-
-    def _end(self) -> list[bytes]:
-        exchange = self._exchange
-        self._attempt.answered(self._usage, self.size_bytes)
-        exchange.total_s = self._api._clock.now() - exchange.started_s
-        if self._hide_usage or self._last is None or self._last.value is None:
-            return [_DONE_EVENT]
-        document = {**self._last.value, "intentd": exchange.document()}
-        return [encode_event(orjson.dumps(document)), _DONE_EVENT]
 
 
 _NOBODY: Final = Key("", "", "")
@@ -440,41 +531,11 @@ def _service_header(request: web.BaseRequest) -> str:
     return given
 
 
-def _headers(exchange: Exchange) -> dict[str, str]:
-    headers = {"X-Request-Id": exchange.request_id}
-    if exchange.steps or exchange.first_token_s is not None:
-        headers["X-Intentd-Service-Type"] = exchange.service_type
-        headers["X-Intentd-Model"] = exchange.model
-        headers["X-Intentd-Cache"] = "skip"
-        headers["X-Intentd-Attempts"] = str(max(1, len(exchange.steps)))
-        if exchange.first_token_s is None:
-            headers["X-Intentd-Cost-Nano"] = str(exchange.cost_nano)
-    return headers
-
-
-def _with_metadata(raw: bytes, value: dict[str, Any], exchange: Exchange) -> bytes:
-    """The provider's answer with the metadata object in it, its own bytes untouched."""
-    if "intentd" in value:  # a proxy behind this one: ours replaces its own
-        return orjson.dumps({**value, "intentd": exchange.document()})
-    body = raw.rstrip()
-    comma = b"," if value else b""
-    return body[:-1] + comma + b'"intentd":' + exchange.encode() + b"}"
-
-
-def _error_event(exchange: Exchange, error: UpstreamError) -> bytes:
-    """Said in the stream, because its status is already sent. No [DONE] follows."""
-    document = ApiError(
-        502, str(error), code=f"upstream_{error.kind}", kind="upstream_error"
-    ).document()
-    document["error"]["request_id"] = exchange.request_id
-    return encode_event(orjson.dumps(document))
-
-
 def _model_object(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "intentd"}
 
 
 def _json(value: Any, exchange: Exchange) -> web.Response:
     return web.Response(
-        body=orjson.dumps(value), headers=_headers(exchange), content_type="application/json"
+        body=orjson.dumps(value), headers=answer_headers(exchange), content_type="application/json"
     )

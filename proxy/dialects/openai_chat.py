@@ -22,8 +22,7 @@ _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "
 _FORBIDDEN: Final = frozenset(
     {"api_base", "base_url", "api_key", "api_version", "extra_headers", "custom_llm_provider"}
 )
-# Fields of the proxy; they never leave it.
-EXTENSIONS: Final = ("service_type", "intentd")
+EXTENSION_FIELDS: Final = frozenset({"service_type", "conversation", "options"})
 
 
 def read_object(raw: bytes) -> dict[str, Any]:
@@ -111,26 +110,29 @@ def _common(body: dict[str, Any], path: str, size_bytes: int, service_header: st
         if not stream:
             raise bad_field("stream_options", options, "it only with stream: true")
         wants_usage = options.get("include_usage") is True
+    extension: dict[str, Any] = {}
     return Call(
         path,
         body,
         model,
-        _service_type(body, service_header),
+        _service_type(body, service_header, extension),
+        extension=extension,
         stream=bool(stream),
         wants_usage=wants_usage,
         size_bytes=size_bytes,
     )
 
 
-def _service_type(body: dict[str, Any], header: str) -> str:
+def _service_type(body: dict[str, Any], header: str, call_extension: dict[str, Any]) -> str:
     """From the body (service_type, or intentd.service_type), else the header; "" when neither."""
     if "intentd" in body:
         extension = body.pop("intentd")
         if not isinstance(extension, dict):
             raise bad_field("intentd", extension, "an object")
-        unknown = sorted(str(name) for name in extension if name != "service_type")
+        unknown = sorted(name for name in extension if name not in EXTENSION_FIELDS)
         if unknown:
             raise bad_field(f"intentd.{unknown[0][:64]}", extension[unknown[0]], "no such field")
+        call_extension.update(extension)
         if "service_type" in extension:
             return _name(extension["service_type"], "intentd.service_type")
     if "service_type" in body:

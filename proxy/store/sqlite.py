@@ -33,6 +33,14 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX requests_id ON requests(id);
     """,
+    """
+    CREATE TABLE messages(
+        number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, conversation TEXT NOT NULL,
+        message_id TEXT NOT NULL, prompt TEXT NOT NULL, response TEXT NOT NULL, chat TEXT NOT NULL,
+        wall_s REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX messages_conversation ON messages(key, conversation, number);
+    """,
 )
 
 WRITE_ACCOUNT: Final = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +55,8 @@ class Provider:
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
+    # What to answer, where it depends on the request.
+    words_for: Callable[[dict[str, Any]], tuple[str, ...]] | None = None
 
     def next_script(self) -> Script:
         return self.scripts.pop(0) if self.scripts else self.default
@@ -94,7 +96,7 @@ class Provider:
             return self._embeddings(body)
         in_tokens = len(json.dumps(body.get("messages") or body.get("prompt")).split())
         cap = body.get("max_tokens") or body.get("max_completion_tokens") or 10**9
-        words = script.words[:cap]
+        words = (self.words_for(body) if self.words_for else script.words)[:cap]
         self.bill_in += in_tokens
         usage = {
             "prompt_tokens": in_tokens,

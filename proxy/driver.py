@@ -1,0 +1,195 @@
+"""Performs what a pipeline asks for: the shell around core.prompts.pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from intentd.core.prompts.effects import (
+    CacheFound,
+    CallFailed,
+    CallModel,
+    ContextLoaded,
+    Done,
+    Effect,
+    LoadContext,
+    LookupCache,
+    Message,
+    Outcome,
+    Reply,
+    Together,
+)
+from intentd.core.prompts.health import HealthState
+from intentd.core.prompts.models import ModelPool
+from intentd.core.prompts.pipeline import Answer, Env, Request, run
+from intentd.core.prompts.service_types import ServiceType
+from intentd.proxy.adapter.native import Usage
+from intentd.proxy.call import Call, Exchange, guessed_usage
+from intentd.proxy.conversations import Conversations
+from intentd.proxy.engine import Engine
+from intentd.proxy.errors import ApiError
+
+# Answers one streamed call to the client as it comes; Reply or CallFailed when it is over.
+StreamTo = Callable[[Call], Awaitable["Reply | CallFailed"]]
+_CLIENT_FAULTS = frozenset({400, 404, 409, 413, 422})
+
+
+class Driver:
+    """Runs pipelines against the pool, the books and the conversations."""
+
+    def __init__(self, engine: Engine, conversations: Conversations) -> None:
+        self.pool = ModelPool(())
+        self.conversations = conversations
+        self._engine = engine
+
+    async def run(
+        self,
+        service_type: ServiceType,
+        request: Request,
+        exchange: Exchange,
+        stream_to: StreamTo | None = None,
+    ) -> Answer:
+        """Raises ApiError, InputError and PipelineError."""
+        now = self._engine.clock.now()
+        down = frozenset(
+            name
+            for name, model in self._engine.models.items()
+            if model.health.state is HealthState.OPEN and model.health.wait_s(now) > 0
+        )
+        steps = run(service_type, request, Env(self.pool, down=down))
+        try:
+            effect = next(steps)
+            while True:
+                effect = steps.send(await self._perform(effect, exchange, stream_to))
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+        finally:
+            steps.close()
+
+    async def remember(self, answer: Answer, request: Request, exchange: Exchange) -> None:
+        """Let the answer join its conversation, on disk before the client has it all."""
+        if answer.updates:
+            await self.conversations.append(
+                exchange.key.key_id,
+                answer.updates,
+                Message(
+                    request.prompt,
+                    answer.text,
+                    _exact_chat(request, answer),
+                    message_id=exchange.request_id,
+                ),
+                request.replaces,
+            )
+
+    # -- inside --------------------------------------------------------------------------------
+
+    async def _perform(
+        self, effect: Effect, exchange: Exchange, stream_to: StreamTo | None
+    ) -> Outcome:
+        if isinstance(effect, CallModel):
+            return await self._call(effect, exchange, stream_to)
+        if isinstance(effect, Together):
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    running = [
+                        tasks.create_task(self._perform(one, exchange, None), name="together")
+                        for one in effect.effects
+                    ]
+            except BaseExceptionGroup as group:
+                raise group.exceptions[0] from None
+            return tuple(task.result() for task in running)  # type: ignore[misc]  # not nested
+        if isinstance(effect, LoadContext):
+            messages = await self.conversations.load(
+                exchange.key.key_id, effect.conversation, effect.without
+            )
+            return ContextLoaded(tuple(messages))
+        if isinstance(effect, LookupCache):
+            return CacheFound()
+        return Done("this proxy has no embedder, cache or prefetching")
+
+    async def _call(
+        self, effect: CallModel, exchange: Exchange, stream_to: StreamTo | None
+    ) -> Reply | CallFailed:
+        messages = list(effect.messages)
+        body: dict[str, Any] = {**effect.params, "messages": messages}
+        call = Call(
+            "/chat/completions",
+            body,
+            effect.model,
+            exchange.service_type,
+            stream=effect.stream and stream_to is not None,
+            cap=effect.max_tokens,
+            size_bytes=len(orjson.dumps(body)),
+            messages=len(messages),
+            purpose=effect.purpose.value,
+            by_pipeline=True,
+        )
+        started_s = self._engine.clock.now()
+        try:
+            if call.stream and stream_to is not None:
+                return await stream_to(call)
+            answer = await self._engine.complete(call, exchange)
+        except ApiError as error:
+            if error.kind == "insufficient_quota":
+                raise
+            return CallFailed(
+                effect.model,
+                str(error),
+                error.status,
+                retryable=error.status not in _CLIENT_FAULTS,
+            )
+        reply = read_reply(
+            effect.model, answer.value, answer.usage or guessed_usage(call, len(answer.raw))
+        )
+        if reply is None:
+            return CallFailed(effect.model, "the answer holds no choice", 502)
+        return with_cost(reply, self._engine, self._engine.clock.now() - started_s)
+
+
+def read_reply(model: str, value: dict[str, Any], usage: Usage) -> Reply | None:
+    """A provider's whole answer as pipelines see it; None when it has no first choice."""
+    choices = value.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        return None
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else None
+    return Reply(
+        model,
+        text if isinstance(text, str) else "",
+        usage.in_tokens,
+        usage.out_tokens,
+        usage.cached_in_tokens,
+        finish_reason=str(choice.get("finish_reason") or "stop"),
+        choice=choice,
+        raw=value,
+    )
+
+
+def with_cost(reply: Reply, engine: Engine, seconds: float) -> Reply:
+    price = engine.models[reply.model].upstream.price
+    cost = price.cost_nano(reply.in_tokens, reply.out_tokens, reply.cached_in_tokens)
+    return Reply(
+        reply.model, reply.text, reply.in_tokens, reply.out_tokens, reply.cached_in_tokens, cost,
+        seconds, reply.finish_reason, reply.choice, reply.raw,
+    )  # fmt: skip
+
+
+def _exact_chat(request: Request, answer: Answer) -> tuple[Any, ...]:
+    """The pair's chat messages where two texts would not say it all."""
+    choice = answer.reply.choice if answer.reply is not None else None
+    message = choice.get("message") if choice is not None else None
+    tools = isinstance(message, dict) and message.get("tool_calls")
+    plain = len(request.turn) <= 1 and all(
+        isinstance(one.get("content"), str) for one in request.turn
+    )
+    if plain and not tools:
+        return ()
+    said = {"role": "assistant", "content": answer.text}
+    if tools and isinstance(message, dict):
+        said["tool_calls"] = message["tool_calls"]
+    return (*request.turn_messages(), said)

@@ -1,0 +1,68 @@
+"""Which service types this proxy offers: the built-in ones it can carry out, and the operator's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from intentd.core.errors import ConfigError
+from intentd.core.prompts.budgets import UNITS, BudgetRule
+from intentd.core.prompts.service_types import (
+    CacheStage,
+    ModelStage,
+    PrefetchStage,
+    ServiceType,
+    StoreStage,
+    types_from_plain,
+)
+
+FIXED: Final = "fixed"
+# Without a semantic cache, prefetching and a trained router these would not do what they promise.
+_NOT_OFFERED: Final = ("smart_cache", "latency", "router")
+
+
+def offered_types(plain: Sequence[Any]) -> dict[str, ServiceType]:
+    """Service types by name. Raises ConfigError with the path for what cannot be carried out."""
+    types = types_from_plain(plain)
+    own = {str(table["name"]): index for index, table in enumerate(plain)}
+    offered = {}
+    for name, made in types.items():
+        if name not in own and name in _NOT_OFFERED:
+            continue
+        if name in own:
+            _check(made, f"service_types[{own[name]}]")
+        offered[name] = _without_cache(made)
+    return offered
+
+
+def _without_cache(made: ServiceType) -> ServiceType:
+    """``quality`` looks into the cache only for near-equal prompts; it is whole without."""
+    return made.without_stage(CacheStage).without_stage(StoreStage)
+
+
+def _check(made: ServiceType, field: str) -> None:
+    for index, stage in enumerate(made.stages):
+        where = f"{field}.stages[{index}]"
+        if isinstance(stage, (CacheStage, StoreStage, PrefetchStage)):
+            kind = type(stage).__name__.removesuffix("Stage").lower()
+            raise ConfigError(where, kind, "context and model stages: this proxy has no cache")
+        if isinstance(stage, ModelStage) and stage.strategy in ("route", "fast"):
+            raise ConfigError(f"{where}.model", stage.strategy, "one, verify or agree")
+    for index, quota in enumerate(made.quotas):
+        if quota.unit not in UNITS:
+            raise ConfigError(f"{field}.quotas[{index}].unit", quota.unit, "tokens or requests")
+
+
+def quota_rules(made: ServiceType, key_id: str) -> tuple[BudgetRule, ...]:
+    """A service type's quotas, as budgets of one key."""
+    scope = f"key:{key_id}/type:{made.name}"
+    return tuple(BudgetRule(scope, quota.unit, quota.limit, quota.period) for quota in made.quotas)
+
+
+def restricted(made: ServiceType, models: tuple[str, ...]) -> ServiceType:
+    """The same for a key that may use only these models."""
+    if not models:
+        return made
+    allowed = tuple(name for name in made.allowed if name in models) if made.allowed else models
+    return replace(made, allowed=allowed or ("",))  # "" is no model's name: none is allowed

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache, partial
+from typing import Final, NamedTuple
 
 from intentd.core.errors import WireError
 
@@ -66,7 +68,7 @@ E_STOPPING: Final = 7  # the agent is leaving: send at once
 _HEADER: Final = struct.Struct("!HBBI")
 _HELLO: Final = struct.Struct("!64s")
 _WELCOME: Final = struct.Struct("!QII")
-_OPEN: Final = struct.Struct("!HHB3xq16s64s")
+_OPEN: Final = struct.Struct("!HHB3sq16s64s")
 _GRANT: Final = struct.Struct("!QHBBHHIIQ")
 _QUEUED: Final = struct.Struct("!QHHII")
 _ANNOUNCE: Final = struct.Struct("!Q")
@@ -77,9 +79,10 @@ _STATS: Final = struct.Struct("!64s")
 _STATS_REPLY: Final = struct.Struct("!QQQIIII")
 
 HEADER_BYTES: Final = _HEADER.size
-_OPEN_PADDING: Final = slice(HEADER_BYTES + 5, HEADER_BYTES + 8)
+_RESERVED: Final = bytes(3)
 _EMPTY_NAME: Final = bytes(MAX_NAME)
 _EMPTY_PEER: Final = bytes(16)
+_ADDRESSES: Final = 1024  # peers whose text is remembered
 
 NAMES: Final = {
     HELLO: "HELLO",
@@ -135,8 +138,7 @@ class Welcome:
     max_flows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(NamedTuple):  # a tuple, as Done is: one of each a flow, cheaper than a dataclass
     """Ask for a turn. domain "" : by peer, else the agent's default domain.
 
     peer: textual IP address or "". class_hint: a class index, NO_CLASS: by size.
@@ -188,8 +190,7 @@ class Announce:
     bytes_left: int
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """The flow has left. started_ns, ended_ns: CLOCK_MONOTONIC of first and last byte, or 0."""
 
     request: int
@@ -283,11 +284,13 @@ def decode_request(packet: bytes) -> FromApplication:
         return _decode_open(packet, request)
     if kind == DONE:
         sent, started, ended = _DONE.unpack_from(packet, HEADER_BYTES)
-        _check_bytes("DONE.bytes_sent", sent, request)
+        if sent > MAX_SIZE_BYTES:
+            raise _too_many("DONE.bytes_sent", sent, request)
         return Done(request, sent, started, ended)
     if kind == ANNOUNCE:
         (left,) = _ANNOUNCE.unpack_from(packet, HEADER_BYTES)
-        _check_bytes("ANNOUNCE.bytes_left", left, request)
+        if left > MAX_SIZE_BYTES:
+            raise _too_many("ANNOUNCE.bytes_left", left, request)
         return Announce(request, left)
     if kind == CANCEL:
         return Cancel(request)
@@ -312,7 +315,7 @@ _REQUEST_BODIES: Final = {
 
 
 def _decode_open(packet: bytes, request: int) -> Open:
-    flags, hint, family, size, peer, domain = _OPEN.unpack_from(packet, HEADER_BYTES)
+    flags, hint, family, reserved, size, peer, domain = _OPEN.unpack_from(packet, HEADER_BYTES)
     if size < 0 or size > MAX_SIZE_BYTES:
         expected = "bytes from 0 to 2**62 (every flow states its size)"
         raise ProtocolError(E_VALUE, "OPEN.size_bytes", size, expected, request)
@@ -320,8 +323,8 @@ def _decode_open(packet: bytes, request: int) -> Open:
         raise ProtocolError(E_VALUE, "OPEN.flags", flags, "bits 0 and 1 only", request)
     if flags & MARK_ONLY and not flags & WANTS_MARK:
         raise ProtocolError(E_VALUE, "OPEN.flags", flags, "bit 1 only with bit 0", request)
-    if packet[_OPEN_PADDING] != b"\0\0\0":
-        raise ProtocolError(E_VALUE, "OPEN.reserved", packet[_OPEN_PADDING], "zeros", request)
+    if reserved != _RESERVED:
+        raise ProtocolError(E_VALUE, "OPEN.reserved", reserved, "zeros", request)
     name = "" if domain == _EMPTY_NAME else _name("OPEN.domain", domain, request)
     if family == 0:
         if peer != _EMPTY_PEER:
@@ -330,17 +333,21 @@ def _decode_open(packet: bytes, request: int) -> Open:
     elif family == 4:
         if peer[4:] != _EMPTY_PEER[4:]:
             raise ProtocolError(E_VALUE, "OPEN.peer", peer, "4 bytes, then zeros", request)
-        address = str(ipaddress.IPv4Address(peer[:4]))
+        address = _address(peer[:4])
     elif family == 6:
-        address = str(ipaddress.IPv6Address(peer))
+        address = _address(peer)
     else:
         raise ProtocolError(E_VALUE, "OPEN.family", family, "0 (no peer), 4 or 6", request)
     return Open(request, size, name, address, hint, flags)
 
 
-def _check_bytes(field: str, value: int, request: int) -> None:
-    if value > MAX_SIZE_BYTES:
-        raise ProtocolError(E_VALUE, field, value, "bytes from 0 to 2**62", request)
+@lru_cache(maxsize=_ADDRESSES)  # a host has few peers; the text costs more than all else in OPEN
+def _address(packed: bytes) -> str:
+    return str(ipaddress.ip_address(packed))
+
+
+def _too_many(field: str, value: int, request: int) -> ProtocolError:
+    return ProtocolError(E_VALUE, field, value, "bytes from 0 to 2**62", request)
 
 
 def _name(field: str, raw: bytes, request: int) -> str:
@@ -377,6 +384,7 @@ def encode_open(message: Open) -> bytes:
         message.flags,
         message.class_hint,
         family,
+        _RESERVED,
         message.size_bytes,
         peer,
         _pack_name(message.domain),
@@ -412,7 +420,12 @@ def encode_welcome(request: int, boot: int, flags: int, max_flows: int) -> bytes
     return _HEADER.pack(MAGIC, VERSION, WELCOME, request) + _WELCOME.pack(boot, flags, max_flows)
 
 
-_GRANT_PACKET: Final = struct.Struct("!HBBIQHBBHHIIQ")
+_GRANT_PACKET: Final = struct.Struct("!HBBIQHBBH2xIIQ")
+# request, flow, class_index, dscp, reason, flags, priority, early_fin_bytes, rate_bps: fields, not
+# an object, and no call in between: one a flow, on the agent's hot path.
+pack_grant: Final[Callable[[int, int, int, int, int, int, int, int, int], bytes]] = partial(
+    _GRANT_PACKET.pack, MAGIC, VERSION, GRANT
+)
 
 
 def encode_grant(message: Grant) -> bytes:
@@ -427,23 +440,6 @@ def encode_grant(message: Grant) -> bytes:
         message.early_fin_bytes,
         message.rate_bps,
     )
-
-
-def pack_grant(  # fields, not an object: one a flow, on the agent's hot path
-    request: int,
-    flow: int,
-    class_index: int,
-    dscp: int,
-    reason: int,
-    flags: int,
-    priority: int,
-    early_fin_bytes: int,
-    rate_bps: int,
-) -> bytes:
-    return _GRANT_PACKET.pack(
-        MAGIC, VERSION, GRANT, request, flow, class_index, dscp, reason, flags, 0, priority,
-        early_fin_bytes, rate_bps,
-    )  # fmt: skip
 
 
 def encode_queued(message: Queued) -> bytes:

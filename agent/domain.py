@@ -14,6 +14,7 @@ from intentd.core.flows.policy import DomainPolicy
 
 WAITING: Final = "waiting"
 SENDING: Final = "sending"
+_UNMARKED: Final = (0, 0)
 _UINT32_MAX: Final = 2**32 - 1
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -104,13 +105,14 @@ class Domain:
         self.meter = Meter()
         self.shaped = False
         self.priorities: tuple[int, ...] = ()  # SO_PRIORITY per class; empty: not marked
+        self.marks: list[tuple[int, int]] = []  # SO_PRIORITY and DSCP per class
         self.early_fin_bytes = 0
         self.timer: float | None = None
         self.grant_flags = 0
         self.adopt(policy, (0, 0))
 
     def adopt(self, policy: DomainPolicy, number: tuple[int, int]) -> None:
-        """Remember the policy the gate now follows."""
+        """Remember the policy the gate now follows, and what a GRANT says of it."""
         cut = [cls.threshold_bytes for cls in policy.classes]
         if cut != [cls.threshold_bytes for cls in self.policy.classes]:
             self.meter.forget_classes()
@@ -118,17 +120,23 @@ class Domain:
         self.early_fin_bytes = min(policy.early_fin_bytes, _UINT32_MAX)
         self.rate_bps = int(policy.rate_bps)
         self.max_wait_ms = min(int(policy.max_wait_s * 1000) + 1, _UINT32_MAX)
+        self._set_marks()
 
     def mark_with(self, priorities: tuple[int, ...], shaped: bool) -> None:
         self.priorities, self.shaped = priorities, shaped
         self.grant_flags = wire.GRANT_SHAPED if shaped else 0
+        self._set_marks()
 
-    def priority(self, class_index: int) -> int:
-        return self.priorities[class_index] if class_index < len(self.priorities) else 0
+    def mark_of(self, class_index: int) -> tuple[int, int]:
+        """SO_PRIORITY and DSCP of a class; zeros for a class that the policy no longer has."""
+        return self.marks[class_index] if class_index < len(self.marks) else _UNMARKED
 
-    def dscp(self, class_index: int) -> int:
-        classes = self.policy.classes
-        return classes[class_index].dscp if class_index < len(classes) else 0
+    def _set_marks(self) -> None:
+        known = len(self.priorities)
+        self.marks = [
+            (self.priorities[index] if index < known else 0, cls.dscp)
+            for index, cls in enumerate(self.policy.classes)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,7 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clocks: CLOCK_MONOTONIC and the time of day."""
 
-    def now(self) -> float:
-        return time.monotonic()
+    now = staticmethod(time.monotonic)  # no call in between: it is read for every packet
 
     def wall(self) -> float:
         return time.time()

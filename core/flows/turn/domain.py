@@ -8,7 +8,6 @@ FlowGate too, marked "fallback". The daemon and the simulator drive this same ob
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Final
@@ -16,7 +15,7 @@ from typing import Final
 from intentd.core.errors import InputError, StateError
 from intentd.core.flows.fin import Fin
 from intentd.core.flows.gate import MAX_FLOWS, MAX_SIZE_BYTES, FlowGate, GateFullError, Release
-from intentd.core.flows.policy import UNLIMITED, DomainPolicy
+from intentd.core.flows.policy import UNLIMITED, ClassPolicy, DomainPolicy
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.member import (
     TIMEOUT,
@@ -75,6 +74,7 @@ class DomainGate:
         self._flows: dict[int, _Flow] = {}
         self._deadlines: list[tuple[float, int]] = []  # (arrived, flow) of those moved to the gate
         self._fallen_back = True  # flows may wait in the gate that should have a turn
+        self._all_local = _all_local(policy)
 
     # -- flows ---------------------------------------------------------------------------------
 
@@ -95,6 +95,9 @@ class DomainGate:
             raise GateFullError(self.policy.domain, self.max_flows)
         entry = _Flow(size_bytes, now, class_index, _GATE)
         self._flows[flow] = entry
+        if self._all_local:  # not _route and _out: this is every flow's way where no host asks
+            released = self._gate.arrive(flow, size_bytes, now=now, class_index=class_index)
+            return self._marked(released)
         return self._out(self._route(flow, entry, now), now)
 
     def finish(self, flow: int, *, now: float) -> list[Release]:
@@ -105,7 +108,8 @@ class DomainGate:
             return self._out(self._turn.finish(flow, now=now), now)
         if entry.where == _LOOSE:
             return self._out([], now)
-        return self._out(self._gate.finish(flow, now=now), now)
+        released = self._gate.finish(flow, now=now)
+        return self._marked(released) if self._all_local else self._out(released, now)
 
     def cancel(self, flow: int, *, now: float) -> list[Release]:
         """The application gave up, or died, in any state."""
@@ -165,6 +169,7 @@ class DomainGate:
         withdrawn = []
         released: list[Release] = []
         self.policy = policy
+        self._all_local = _all_local(policy)
         waits_for_turn = set(self._turn.waiting_flows())
         for flow, entry in self._flows.items():
             if entry.mark is not None:
@@ -271,8 +276,7 @@ class DomainGate:
         """Dispatch to the first empty class (Baraat) knows only this agent's classes: local."""
         cls = self.policy.classes[index]
         return (
-            cls.sequencing == "global"
-            and cls.mpl != UNLIMITED
+            _takes_turns(cls)
             and entry.size_bytes > self.policy.local_below_bytes
             and (self.policy.dispatch == "size" or entry.named is not None)
         )
@@ -315,15 +319,14 @@ class DomainGate:
         return marked
 
     def _marked(self, released: list[Release]) -> list[Release]:
-        out = []
-        for release in released:
+        """Put the marks on, in place, and count them."""
+        for place, release in enumerate(released):
             entry = self._flows[release.flow]
             if entry.where == _FALLBACK and not release.degraded:
-                release = dataclasses.replace(release, degraded=FALLBACK)
+                release = released[place] = release._replace(degraded=FALLBACK)
             entry.mark = release.degraded
             self.starts[release.degraded] = self.starts.get(release.degraded, 0) + 1
-            out.append(release)
-        return out
+        return released
 
     def _sending(self, flow: int, does: str) -> _Flow:
         entry = self._flows.get(flow)
@@ -331,6 +334,14 @@ class DomainGate:
             what = "the gate does not hold it" if entry is None else "it waits"
             raise StateError(f"flow {flow} {does}, but {what}; {self._turn.story()}")
         return entry
+
+
+def _takes_turns(cls: ClassPolicy) -> bool:
+    return cls.sequencing == "global" and cls.mpl != UNLIMITED
+
+
+def _all_local(policy: DomainPolicy) -> bool:
+    return not any(_takes_turns(cls) for cls in policy.classes)
 
 
 def message_domain(message: wire.Message | Fin) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import os
 from collections import defaultdict
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 STORE_FILE: Final = "proxy.sqlite"
 PROBE_S: Final = 2.0
+GC_THRESHOLD: Final = 20_000
 MAX_SPEND_DAYS: Final = 3660
 
 
@@ -341,6 +343,8 @@ def _expiry(args: dict[str, Any]) -> float | None:
 
 
 def main() -> int:
+    # A request makes some hundred short-lived objects and no cycles: collect rarely.
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
     return run_daemon(ProxyDaemon)
 
 

@@ -78,7 +78,7 @@ class Api:
         self._kit_metrics = kit_metrics
         self._clock = clock
         self._limiters: dict[Rate, RateLimiter] = {}
-        self._recent: OrderedDict[str, Exchange] = OrderedDict()
+        self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/request": ("POST", self._request),
@@ -224,13 +224,13 @@ class Api:
         outcome = exchange.outcome or "ok"
         exchange.outcome = outcome
         self.metrics.finished(exchange.model, exchange.service_type, outcome, exchange.total_s)
+        # Bytes, not objects: thousands of live objects would slow every collection down.
+        document = exchange.encode_log()
         recent = self._recent
-        recent[exchange.request_id] = exchange
+        recent[exchange.request_id] = (exchange.key.key_id, document)
         if len(recent) > self.config.records.recent:
             recent.popitem(last=False)
-        self.ledger.log_request(
-            exchange.request_id, exchange.key.key_id, exchange.wall_s, exchange.encode_log()
-        )
+        self.ledger.log_request(exchange.request_id, exchange.key.key_id, exchange.wall_s, document)
 
     def _error(self, exchange: Exchange, error: ApiError) -> web.Response:
         exchange.status = error.status
@@ -498,8 +498,8 @@ class Api:
     ) -> web.StreamResponse:
         """The metadata of an answered request, for the key that made it."""
         found = self._recent.get(name)
-        if found is not None and found.key.key_id == exchange.key.key_id:
-            document = found.encode_log()
+        if found is not None and found[0] == exchange.key.key_id:
+            document = found[1]
         else:
             rows = await self.ledger.find_request(name, exchange.key.key_id)
             if not rows:

@@ -73,6 +73,16 @@ def test_the_units_say_what_they_must(unit: Path) -> None:
     assert found["CapabilityBoundingSet"] == ("CAP_NET_ADMIN" if role == "agent" else "")
     assert found["AmbientCapabilities"] == found["CapabilityBoundingSet"]
     assert ("ExecStopPost" in found) == (role == "agent")
+    # libzmq's threads set again what they inherit, and RestrictRealtime= would refuse real time.
+    real_time = {
+        "CPUSchedulingPolicy": "rr",
+        "CPUSchedulingPriority": "10",
+        "CPUSchedulingResetOnFork": "yes",
+        "LimitRTTIME": "10s",
+    }
+    assert {name: found.get(name) for name in real_time} == (
+        real_time if role == "agent" else dict.fromkeys(real_time)
+    )
 
 
 @needs_root
@@ -104,6 +114,14 @@ def another_user_can_read() -> bool:
     code = f"import os; os.listdir({sys.base_prefix!r}); open({str(ROOT / 'setup.cfg')!r}).close()"
     user = ("--reuid=65534", "--regid=65534", "--clear-groups")
     return tool(*DROPPED, *user, sys.executable, "-c", code).returncode == 0
+
+
+def scheduled(found: dict[str, str]) -> list[str]:
+    """The command that gives a program its unit's real-time scheduling; nothing if it has none."""
+    if "CPUSchedulingPolicy" not in found:
+        return []
+    chrt = ["chrt", "--rr", "--reset-on-fork", found["CPUSchedulingPriority"]]
+    return chrt if shutil.which("chrt") and tool(*chrt, "true").returncode == 0 else []
 
 
 def ready(manager: socket.socket) -> bool:
@@ -172,10 +190,11 @@ def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -
     }[name if name != "toy" else "sequencer"]
     if role != "controller":
         environ[f"INTENTD_{role.upper()}__CONTROLLER__ENDPOINT"] = "tcp://127.0.0.1:9"
+    real_time = scheduled(settings(unit))
     log = tmp_path / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            ["unshare", "--mount", "--propagation=private", "sh", "-c",
+            [*real_time, "unshare", "--mount", "--propagation=private", "sh", "-c",
              f'{mounts}exec {privileges} "$@"', "sh",
              sys.executable, str(Path(__file__).with_name("sandbox.py")), str(unit),
              sys.executable, *program],
@@ -190,6 +209,12 @@ def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -
         assert re.search(r"^CapEff:\s+0+$", kernel, re.M)
         assert re.search(r"^NoNewPrivs:\s+1$", kernel, re.M)
         assert re.search(r"^Seccomp:\s+2$", kernel, re.M)
+        threads = [int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()]
+        policies = {os.sched_getscheduler(thread) for thread in threads if thread != process.pid}
+        assert policies <= {os.SCHED_OTHER}
+        if real_time:
+            policy = os.sched_getscheduler(process.pid)
+            assert policy == os.SCHED_RR | os.SCHED_RESET_ON_FORK
         process.terminate()
         assert process.wait(CALENDAR_S) == 0, log.read_text()
     finally:

@@ -5,7 +5,8 @@
 Starts an agent of its own (unshaped, no controller) in a temporary directory, and clients as
 processes: Python's client library, and C by examples/c_client. "uncontended": no flow ever waits
 (each client process alone, or classes without a gate); "one at a time": every flow goes through
-one class with multiplexing level 1, so each turn is handed over.
+one class with multiplexing level 1, so each turn is handed over. "paced": one client, a flow every
+10 ms, for then the caches are cold, as they are on a host where flows come now and then.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from intentd.daemons.kit.admin import AdminClient, AdminUnreachableError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+PAUSE_MS = 10
 TICKS = os.sysconf("SC_CLK_TCK")
 
 CONFIG = """
@@ -45,12 +47,14 @@ CLIENT = """
 import sys, time
 from intentd.agent.client import Flows
 flows = Flows(sys.argv[1], answer_timeout_s=5.0)
-count = int(sys.argv[2])
+count, pause_s = int(sys.argv[2]), int(sys.argv[3]) / 1e3
 flows.open(100).close()
 took = []
 clock = time.monotonic_ns
 began = clock()
 for _ in range(count):
+    if pause_s:
+        time.sleep(pause_s)
     asked = clock()
     flow = flows.open(100)
     took.append(clock() - asked)
@@ -119,9 +123,11 @@ def build(base: Path) -> Path | None:
     return program
 
 
-def load(agent: Agent, command: list[str], processes: int, flows: int) -> dict[str, Any]:
-    """processes clients at once, flows each."""
-    arguments = [*command, str(agent.socket), str(flows)]
+def load(
+    agent: Agent, command: list[str], processes: int, flows: int, pause_ms: int = 0
+) -> dict[str, Any]:
+    """processes clients at once, flows each, with a pause before each flow."""
+    arguments = [*command, str(agent.socket), str(flows), str(pause_ms)]
     before = agent.cpu_s()
     began = time.monotonic()
     running = [
@@ -139,6 +145,7 @@ def load(agent: Agent, command: list[str], processes: int, flows: int) -> dict[s
     span_s = (max(row[1] for row in rows) - min(row[0] for row in rows)) / 1e9
     return {
         "processes": processes,
+        "pause_ms": pause_ms,
         "flows": processes * flows,
         "flows_per_s": round(processes * flows / span_s),
         "open_to_grant_us": {
@@ -151,7 +158,7 @@ def load(agent: Agent, command: list[str], processes: int, flows: int) -> dict[s
     }
 
 
-def measure(flows: int, idle_s: float, processes: list[int]) -> dict[str, Any]:
+def measure(flows: int, paced: int, idle_s: float, processes: list[int]) -> dict[str, Any]:
     result: dict[str, Any] = {"loads": []}
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
@@ -169,23 +176,25 @@ def measure(flows: int, idle_s: float, processes: list[int]) -> dict[str, Any]:
                     time.sleep(idle_s)
                     result["idle_cpu_share"] = round((agent.cpu_s() - before) / idle_s, 5)
                 for kind, command in clients.items():
-                    for count in processes:
-                        row = {"kind": kind, "gate": name, **load(agent, command, count, flows)}
+                    runs = [(count, flows, 0) for count in processes] + [(1, paced, PAUSE_MS)]
+                    for count, each, pause_ms in runs:
+                        figures = load(agent, command, count, each, pause_ms)
+                        row = {"kind": kind, "gate": name, **figures}
                         result["loads"].append(row)
                         note(
-                            f"{kind}, {name}, {count} processes: {row['flows_per_s']} flows/s, "
+                            f"{kind}, {name}, {count} processes{', paced' if pause_ms else ''}: "
+                            f"{row['flows_per_s']} flows/s, "
                             f"open -> grant {row['open_to_grant_us']}, "
                             f"agent {row['agent_cpu_us_a_flow']} us a flow"
                         )
                 result["pss_bytes"] = agent.pss_bytes()
             finally:
                 agent.stop()
-    alone = [row for row in result["loads"] if row["processes"] == 1]
-    by_kind = {(row["kind"], row["gate"]): row for row in alone}
-    for kind in clients:
-        result[f"{kind}_open_to_grant_p50_us"] = by_kind[kind, "uncontended"]["open_to_grant_us"][
-            "p50"
-        ]
+    for row in result["loads"]:
+        if row["processes"] == 1 and row["gate"] == "uncontended":
+            paced_or_not = "_paced" if row["pause_ms"] else ""
+            key = f"{row['kind']}_open_to_grant{paced_or_not}_p50_us"
+            result[key] = row["open_to_grant_us"]["p50"]
     result["flows_per_s_best"] = max(row["flows_per_s"] for row in result["loads"])
     return result
 
@@ -194,11 +203,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--flows", type=int, default=20_000, help="of each client process")
+    parser.add_argument("--paced-flows", type=int, default=500, help="of the paced client")
     parser.add_argument("--processes", default="1,2,4", help="client processes, comma separated")
     parser.add_argument("--idle-s", type=float, default=20.0, help="how long to watch it idle")
     options = parser.parse_args()
     processes = [int(word) for word in options.processes.split(",")]
-    result = measure(options.flows, options.idle_s, processes)
+    result = measure(options.flows, options.paced_flows, options.idle_s, processes)
     if options.json:
         print(json.dumps(result))
         return 0
@@ -207,7 +217,8 @@ def main() -> int:
     for row in result["loads"]:
         took = row["open_to_grant_us"]
         print(
-            f"{row['kind']:7} {row['gate']:14} x{row['processes']}  {row['flows_per_s']:>7} flows/s"
+            f"{row['kind']:7} {row['gate']:14} {'paced' if row['pause_ms'] else '':5}"
+            f" x{row['processes']}  {row['flows_per_s']:>7} flows/s"
             f"  p50 {took['p50']:>7} us  p99 {took['p99']:>8} us"
             f"  agent {row['agent_cpu_us_a_flow']:>6} us a flow"
         )

@@ -251,7 +251,6 @@ def fit_router(
     if progress is not None:
         progress(f"fitting heads {FOLDS + 1}/{FOLDS + 1}")
     heads = fitter.fit(every)
-    bases, trees = zip(*(_arrays(one) for one in heads.trees), strict=True)
     return RouterModel(
         weak=weak,
         strong=strong,
@@ -263,8 +262,7 @@ def fit_router(
         dense_mean=heads.mean,
         dense_scale=heads.scale,
         linear=heads.linear,
-        trees=trees,
-        tree_bases=np.array(bases),
+        trees=tuple(tree_arrays(one) for one in heads.trees),
         seen=fitter.vectors.astype(np.float32),
         seen_gain=outcomes.gain,
         neighbours=NEIGHBOURS,
@@ -307,7 +305,7 @@ def _best_ridge(features: Array, target: Array, folds: npt.NDArray[Any]) -> floa
     return min(STACK_RIDGES, key=error)
 
 
-def _arrays(booster: Any) -> tuple[float, Trees]:
+def tree_arrays(booster: Any) -> Trees:
     """A fitted booster as arrays, from its public dump."""
     dumped = booster.dump_model()["tree_info"]
     tables = [_nodes(tree["tree_structure"]) for tree in dumped]
@@ -320,7 +318,7 @@ def _arrays(booster: Any) -> tuple[float, Trees]:
         for place, node in enumerate(table):
             feature[row, place], threshold[row, place] = node[0], node[1]
             left[row, place], right[row, place], value[row, place] = node[2], node[3], node[4]
-    return 0.0, Trees(feature, threshold, left, right, value)
+    return Trees(feature, threshold, left, right, value)
 
 
 def _nodes(root: Mapping[str, Any]) -> list[tuple[int, float, int, int, float]]:

@@ -145,7 +145,6 @@ class RouterModel:
     dense_scale: Array
     linear: Array
     trees: tuple[Trees, ...]
-    tree_bases: Array
     seen: npt.NDArray[np.float32]
     seen_gain: Array
     neighbours: int
@@ -166,9 +165,7 @@ class RouterModel:
         near, similarity = near_gain(
             self.seen @ np.asarray(vector, np.float32), self.seen_gain, self.neighbours
         )
-        trees = [
-            base + one.sum(dense) for base, one in zip(self.tree_bases, self.trees, strict=True)
-        ]
+        trees = [one.sum(dense) for one in self.trees]
         parts = [
             self.text.heads(prompt) + self.text_intercepts,
             scaled @ self.linear,

@@ -88,3 +88,32 @@ def routing(
     embed = _embedder()
     model = fit_router(learned, embed, weak=weak, strong=strong, seed=seed, progress=message)
     _show(evaluate_routing(model, tested, embed, seed=seed), json)
+
+
+@app.command("cache")
+def cache(
+    train: TrainOption,
+    test: Annotated[list[Path], typer.Option(help="Files to report on; of splits, the dev rows.")],
+    max_false_hit: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Wrong answers a query, at most.")
+    ] = 0.01,
+    seed: int = 0,
+    json: JsonOption = False,
+) -> None:
+    """Fit the second gate, choose one threshold on the test files, report hits and edits.
+
+    Half of each file's items are stored, the others ask.
+    """
+    from intentd.controller.search.prompts_cache import (
+        choose_threshold,
+        fit_gate,
+        measure,
+        report,
+    )
+
+    embed = _embedder()
+    learned = {path.name.split(".")[0]: _rows([path], "train") for path in train}
+    tested = {path.name.split(".")[0]: _rows([path], "dev") for path in test}
+    model = fit_gate(learned, embed, seed=seed, progress=message)
+    measured = measure(model, tested, embed, seed)
+    _show(report(measured, choose_threshold(measured, max_false_hit)), json)

@@ -1,0 +1,412 @@
+"""Fit the cache's second gate, choose its one threshold, and score it with half stored."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from intentd.controller.search.prompts_data import Embed
+from intentd.controller.search.prompts_edits import OTHER_EDITS, TRAINED_EDITS, Edit, reword
+from intentd.controller.search.prompts_routing import Progress, tree_arrays
+from intentd.core.errors import InputError
+from intentd.core.prompts.cache.gate import FEATURES, GateModel, content_stems, features
+from intentd.core.prompts.router import Array
+
+NEAREST: Final = 4
+MOST_QUERIES: Final = 5000
+REPEATED: Final = 0.7
+EDITS_OF_EACH: Final = 600
+EDITED_MOST: Final = 0.02
+REWORDED_LEAST: Final = 0.90
+OPTIONS: Final[Mapping[str, Any]] = {
+    "objective": "binary",
+    "num_leaves": 15,
+    "learning_rate": 0.05,
+    "feature_fraction": 0.7,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "min_data_in_leaf": 30,
+    "lambda_l2": 5.0,
+    "num_threads": 1,
+    "deterministic": True,
+    "seed": 0,
+    "verbose": -1,
+}
+ROUNDS: Final = 200
+SET_WEIGHT: Final = 4000.0
+EDIT_WEIGHT: Final = 2000.0
+BALANCED_AT: Final = 0.03
+BALANCING_ROUNDS: Final = 3
+MOST_PENALTY: Final = 8.0
+# below so many held-out queries a threshold at 3 % is a matter of a few texts
+ENOUGH_HELD: Final = 500
+SMALL_SET_PENALTY: Final = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Stored texts and queries of one data set. A query's label "" is nobody's equal."""
+
+    name: str
+    stored: list[str]
+    stored_labels: list[str]
+    queries: list[str]
+    query_labels: list[str]
+
+
+def stream_of(name: str, rows: Sequence[Mapping[str, Any]], seed: int) -> Stream:
+    """Half of the items stored at random.
+
+    Labelled texts: the other half asks. Pairs (a, b): all b of the positive pairs ask, so that
+    half of them find their a in the store. Out-of-scope texts equal nothing, not even each other.
+    """
+    rng = random.Random(seed)
+    if rows and "text" in rows[0]:
+        items = [(str(r["text"]), "" if r["label"] == "oos" else str(r["label"])) for r in rows]
+        rng.shuffle(items)
+        half = len(items) // 2
+        stored, asked = items[:half], items[half:]
+    else:
+        pairs = [(str(r["a"]), str(r["b"])) for r in rows if r.get("label") == 1]
+        firsts = sorted({first for first, _ in pairs})
+        labels = _same_statements(firsts)
+        rng.shuffle(firsts)
+        stored = [(first, labels[first]) for first in firsts[: len(firsts) // 2]]
+        asked = [(second, labels[first]) for first, second in pairs]
+    if not stored or not asked:
+        raise InputError(name, len(rows), "rows with text and label, or pairs a, b with label 1")
+    return Stream(
+        name,
+        [text for text, _ in stored],
+        [label for _, label in stored],
+        [text for text, _ in asked],
+        [label for _, label in asked],
+    )
+
+
+def _same_statements(texts: Sequence[str]) -> dict[str, str]:
+    """Label by text; texts that say the same in nearly the same words share one.
+
+    Collections of paraphrases hold repeats ("X is used to specify Y", "X specifies Y"): serving
+    one for the other is right. Judged by words alone, not by what the gate uses to decide.
+    """
+    stems = [frozenset(content_stems(text)) for text in texts]
+    labels: dict[str, str] = {}
+    for place, text in enumerate(texts):
+        same = next(
+            (
+                texts[other]
+                for other in range(place)
+                if len(stems[place] & stems[other])
+                >= REPEATED * len(stems[place] | stems[other])
+                > 0
+            ),
+            None,
+        )
+        labels[text] = labels[same] if same is not None else text
+    return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The nearest stored texts of each query: features (queries, nearest, FEATURES), and right."""
+
+    features: Array
+    right: npt.NDArray[np.bool_]
+
+
+def candidates_of(stream: Stream, embed: Embed, idf: Mapping[str, float]) -> Candidates:
+    stored, asked = embed(stream.stored), embed(stream.queries)
+    count = min(NEAREST, len(stored))
+    table = np.zeros((len(asked), count, len(FEATURES)))
+    right = np.zeros((len(asked), count), bool)
+    for first in range(0, len(asked), 512):
+        similar = asked[first : first + 512] @ stored.T
+        nearest = np.argsort(-similar, axis=1)[:, :count]
+        for row, places in enumerate(nearest):
+            query = first + row
+            label = stream.query_labels[query]
+            for rank, place in enumerate(places):
+                table[query, rank] = features(
+                    stream.queries[query], stream.stored[place], float(similar[row, place]), idf
+                )
+                right[query, rank] = bool(label) and stream.stored_labels[place] == label
+    return Candidates(table, right)
+
+
+def idf_of(texts: Sequence[str]) -> dict[str, float]:
+    """Inverse document frequency by stem; a stem not seen counts as rare."""
+    frequency: Counter[str] = Counter()
+    for text in texts:
+        frequency.update(set(content_stems(text)))
+    total = len(texts)
+    return {word: math.log((1 + total) / (1 + n)) for word, n in frequency.items() if n > 1}
+
+
+def edited(
+    texts: Sequence[str], edits: Mapping[str, Edit], seed: int, most: int = EDITS_OF_EACH
+) -> list[tuple[str, str, str]]:
+    """(kind, original, edited) for up to `most` texts of each kind that the edit applies to."""
+    rng = random.Random(seed)
+    order = list(dict.fromkeys(texts))
+    made = []
+    for kind, edit in edits.items():
+        rng.shuffle(order)
+        count = 0
+        for text in order:
+            other = edit(text, rng)
+            if other is not None and other != text:
+                made.append((kind, text, other))
+                count += 1
+                if count == most:
+                    break
+    return made
+
+
+def reworded(texts: Sequence[str], seed: int, most: int) -> list[tuple[str, str, str]]:
+    rng = random.Random(seed)
+    order = list(dict.fromkeys(texts))
+    rng.shuffle(order)
+    return [("reworded", text, reword(text, rng)) for text in order[:most]]
+
+
+def pair_features(
+    pairs: Sequence[tuple[str, str, str]], embed: Embed, idf: Mapping[str, float]
+) -> Array:
+    first = embed([original for _, original, _ in pairs])
+    second = embed([other for _, _, other in pairs])
+    cosines = (first * second).sum(axis=1)
+    return np.array(
+        [
+            features(other, original, float(cosine), idf)
+            for (_, original, other), cosine in zip(pairs, cosines, strict=True)
+        ]
+    )
+
+
+@dataclass(slots=True)
+class _Examples:
+    """What a gate is fitted on: candidates by data set, edits and rewordings."""
+
+    sets: dict[str, Candidates]
+    wrong: Array
+    same: Array
+
+    def fit(self, penalties: Mapping[str, float], *, held: bool) -> Any:
+        """Trees over all queries, or over those not held out for `penalties`."""
+        import lightgbm
+
+        tables, rights, weights = [], [], []
+        for name, found in self.sets.items():
+            rows = ~_held(found) if held else np.ones(len(found.right), bool)
+            right = found.right[rows].reshape(-1)
+            tables.append(found.features[rows].reshape(-1, len(FEATURES)))
+            rights.append(right.astype(float))
+            even = SET_WEIGHT / len(right)
+            weights.append(np.where(right, even, even * penalties[name]))
+        for table, target in ((self.wrong, 0.0), (self.same, 1.0)):
+            tables.append(table)
+            rights.append(np.full(len(table), target))
+            weights.append(np.full(len(table), EDIT_WEIGHT / max(1, len(table))))
+        data = lightgbm.Dataset(
+            np.concatenate(tables), np.concatenate(rights), weight=np.concatenate(weights)
+        )
+        return lightgbm.train(dict(OPTIONS), data, ROUNDS)
+
+    def penalties(self) -> dict[str, float]:
+        """How much a false hit weighs by data set, so that one threshold fits them all.
+
+        Sets differ in how near their labels lie (the intents of one bank beside 150 of all
+        kinds). On held-out queries each set's own threshold for BALANCED_AT is found; where it
+        lies above the others', false hits weigh more. Small sets take a fixed weight.
+        """
+        found = {
+            name: 1.0 if int(_held(one).sum()) >= ENOUGH_HELD else SMALL_SET_PENALTY
+            for name, one in self.sets.items()
+        }
+        large = [name for name, penalty in found.items() if penalty == 1.0]
+        if len(large) < 2:
+            return found
+        for _ in range(BALANCING_ROUNDS):
+            booster = self.fit(found, held=True)
+            wanted = {}
+            for name in large:
+                candidates = self.sets[name]
+                rows = _held(candidates)
+                odds = booster.predict(
+                    candidates.features[rows].reshape(-1, len(FEATURES)), raw_score=True
+                ).reshape(candidates.right[rows].shape)
+                wanted[name] = _threshold_at(odds, candidates.right[rows], BALANCED_AT)
+            least = min(wanted.values())
+            for name, value in wanted.items():
+                change = math.exp(value - least)
+                found[name] = min(MOST_PENALTY, max(1.0, found[name] * change))
+            lightest = min(found[name] for name in large)
+            for name in large:
+                found[name] /= lightest
+        return found
+
+
+def _held(found: Candidates) -> npt.NDArray[np.bool_]:
+    rows: npt.NDArray[np.bool_] = np.arange(len(found.right)) % 3 == 0
+    return rows
+
+
+def _threshold_at(odds: Array, right: npt.NDArray[np.bool_], rate: float) -> float:
+    """The threshold at which that share of queries is served a wrong text."""
+    top = odds.argmax(axis=1)
+    every = np.arange(len(top))
+    best, correct = odds[every, top], right[every, top]
+    wrong = np.sort(best[~correct])[::-1]
+    allowed = int(rate * len(best))
+    return float(wrong[min(allowed, len(wrong) - 1)]) if len(wrong) else float(best.min())
+
+
+def fit_gate(
+    train: Mapping[str, Sequence[Mapping[str, Any]]],
+    embed: Embed,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> GateModel:
+    """One gate for all data sets: neighbours with equal and other labels, edits, rewordings."""
+    streams = [stream_of(name, rows, seed) for name, rows in train.items()]
+    texts = [text for stream in streams for text in (*stream.stored, *stream.queries)]
+    idf = idf_of(texts)
+    sets = {}
+    for stream in streams:
+        rng = random.Random(seed)
+        count = len(stream.queries)
+        rows = sorted(rng.sample(range(count), min(MOST_QUERIES, count)))
+        part = replace(
+            stream,
+            queries=[stream.queries[row] for row in rows],
+            query_labels=[stream.query_labels[row] for row in rows],
+        )
+        if progress is not None:
+            progress(f"neighbours of {stream.name}")
+        sets[stream.name] = candidates_of(part, embed, idf)
+    if progress is not None:
+        progress("edits and rewordings")
+    wrong = edited(texts, TRAINED_EDITS, seed)
+    same = reworded(texts, seed, len(wrong))
+    examples = _Examples(sets, pair_features(wrong, embed, idf), pair_features(same, embed, idf))
+    if progress is not None:
+        progress("fitting")
+    penalties = examples.penalties() if len(sets) > 1 else dict.fromkeys(sets, 1.0)
+    booster = examples.fit(penalties, held=False)
+    return GateModel(tree_arrays(booster), idf, 0.5)
+
+
+def chances(model: GateModel, table: Array) -> Array:
+    flat = table.reshape(-1, table.shape[-1])
+    found = np.array([model.chance(list(row)) for row in flat])
+    return found.reshape(table.shape[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Each query's best chance and whether that stored text is right; the two kinds of pairs."""
+
+    best: dict[str, tuple[Array, npt.NDArray[np.bool_]]]
+    edits: dict[str, Array]
+    other_edits: dict[str, Array]
+    rewordings: Array
+
+
+def measure(
+    model: GateModel, test: Mapping[str, Sequence[Mapping[str, Any]]], embed: Embed, seed: int
+) -> Measured:
+    best = {}
+    texts: list[str] = []
+    for name, rows in test.items():
+        stream = stream_of(name, rows, seed)
+        found = candidates_of(stream, embed, model.idf)
+        scores = chances(model, found.features)
+        top = scores.argmax(axis=1)
+        every = np.arange(len(top))
+        best[name] = (scores[every, top], found.right[every, top])
+        texts += [*stream.stored, *stream.queries]
+
+    def by_kind(edits: Mapping[str, Edit]) -> dict[str, Array]:
+        pairs = edited(texts, edits, seed + 1)
+        if not pairs:
+            return {}
+        scores = chances(model, pair_features(pairs, embed, model.idf))
+        kinds = np.array([kind for kind, _, _ in pairs])
+        return {kind: scores[kinds == kind] for kind in edits if (kinds == kind).any()}
+
+    same = reworded(texts, seed + 1, 1500)
+    return Measured(
+        best,
+        by_kind(TRAINED_EDITS),
+        by_kind(OTHER_EDITS),
+        chances(model, pair_features(same, embed, model.idf)),
+    )
+
+
+def upper_bound(wrong: int, count: int) -> float:
+    """Upper 95 % bound (one-sided, Wilson) of a rate."""
+    z = 1.6448536
+    rate = wrong / count
+    middle = rate + z * z / (2 * count)
+    width = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return (middle + width) / (1 + z * z / count)
+
+
+def choose_threshold(measured: Measured, max_false_hit: float) -> float:
+    """The least threshold at which no data set has more false hits, and few edits pass."""
+    grid = np.unique(np.concatenate([scores for scores, _ in measured.best.values()]))
+    edits = np.concatenate(list(measured.edits.values())) if measured.edits else np.zeros(1)
+    for threshold in grid[np.linspace(0, len(grid) - 1, min(2000, len(grid))).astype(int)]:
+        false = max(
+            float((scores[~right] >= threshold).sum()) / len(scores)
+            for scores, right in measured.best.values()
+        )
+        if false <= max_false_hit and float((edits >= threshold).mean()) <= EDITED_MOST:
+            return float(threshold)
+    return 1.0
+
+
+def report(measured: Measured, threshold: float) -> dict[str, Any]:
+    """Rates at one threshold: by data set, pooled, by kind of edit."""
+    sets: dict[str, Any] = {}
+    total = hits = wrong = 0
+    for name, (scores, right) in measured.best.items():
+        served = scores >= threshold
+        false = int((served & ~right).sum())
+        sets[name] = {
+            "n": len(scores),
+            "hit_rate": round(float(served.mean()), 4),
+            "right_hit_rate": round(float((served & right).mean()), 4),
+            "false_hit_rate": round(false / len(scores), 4),
+            "false_hit_rate_95": round(upper_bound(false, len(scores)), 4),
+        }
+        total, hits, wrong = total + len(scores), hits + int(served.sum()), wrong + false
+    edits = {
+        kind: round(float((scores >= threshold).mean()), 4)
+        for kind, scores in measured.edits.items()
+    }
+    every = np.concatenate(list(measured.edits.values())) if measured.edits else np.zeros(0)
+    return {
+        "hit_rate": round(hits / total, 4),
+        "false_hit_rate": round(wrong / total, 4),
+        "threshold": round(threshold, 6),
+        "false_hit_rate_95": round(upper_bound(wrong, total), 4),
+        "n": total,
+        "sets": sets,
+        "edited_answered": round(float((every >= threshold).mean()), 4) if len(every) else None,
+        "edited_by_kind": edits,
+        "edited_kinds_not_trained_on": {
+            kind: round(float((scores >= threshold).mean()), 4)
+            for kind, scores in measured.other_edits.items()
+        },
+        "reworded_recognised": round(float((measured.rewordings >= threshold).mean()), 4),
+    }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import gc
 import logging
 import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import aiohttp
@@ -38,6 +40,7 @@ from intentd.proxy.store.sqlite import MIGRATIONS
 _log = logging.getLogger(__name__)
 
 STORE_FILE: Final = "proxy.sqlite"
+LOCK_FILE: Final = "proxy.lock"
 PROBE_S: Final = 2.0
 GC_THRESHOLD: Final = 20_000
 MAX_SPEND_DAYS: Final = 3660
@@ -58,9 +61,11 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self._runner: web.ServerRunner | None = None
         self._site: web.TCPSite | None = None
         self._link: MemberLink | None = None
+        self._lock: int | None = None
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         config, kit = self.config, self.kit
+        self._lock = lock_state(config.state_dir)
         self._store = Store(config.state_dir / STORE_FILE, MIGRATIONS)
         ledger = Ledger(self._store, kit.clock, max_rows=config.records.max_rows)
         ledger.open()
@@ -124,6 +129,9 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             await self.api.ledger.close()
         if self._store is not None:
             self._store.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def unready(self) -> list[str]:
         reasons = self._link.unready() if self._link is not None else []
@@ -317,6 +325,21 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             policy.application, policy.era, policy.number, applied=False,
             reason="this proxy takes no policies yet",
         )  # fmt: skip
+
+
+def lock_state(state_dir: Path) -> int:
+    """Two proxies on one ledger would each count alone. Raises IntentdError."""
+    path = state_dir / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise IntentdError(f"state_dir: cannot open {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise IntentdError(f"state_dir: {state_dir} is in use by another proxy") from None
+    return descriptor
 
 
 def _text(args: dict[str, Any], field: str) -> str:

@@ -26,9 +26,9 @@ from intentd.core.prompts.service_types import ServiceType, get_type, with_optio
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.metrics import Metrics
 from intentd.proxy import native
-from intentd.proxy.call import Call, Exchange, models_named
+from intentd.proxy.call import Call, Exchange, guessed_usage, models_named
 from intentd.proxy.config import ProxyConfig
-from intentd.proxy.dialects import openai_chat
+from intentd.proxy.dialects import anthropic, openai_chat
 from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError, bad_field, from_input_error, shown
@@ -40,6 +40,7 @@ from intentd.proxy.streams import ChatSink, answer_headers, pass_stream, with_me
 
 _log = logging.getLogger(__name__)
 
+MESSAGES: Final = "/v1/messages"
 SERVICE_HEADER: Final = "X-Intentd-Service-Type"
 BODY_TIMEOUT_S: Final = 60.0
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}\Z")
@@ -81,6 +82,7 @@ class Api:
         self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", self._chat),
+            MESSAGES: ("POST", self._messages),
             "/v1/request": ("POST", self._request),
             "/v1/regenerate": ("POST", self._regenerate),
             "/v1/completions": ("POST", self._generate(openai_chat.read_completion)),
@@ -241,7 +243,9 @@ class Api:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(
             status=error.status,
-            body=orjson.dumps(error.document()),
+            body=orjson.dumps(
+                anthropic.error_document(error) if exchange.path == MESSAGES else error.document()
+            ),
             headers=headers,
             content_type="application/json",
         )
@@ -296,6 +300,21 @@ class Api:
             headers=answer_headers(exchange),
             content_type="application/json",
         )
+
+    async def _messages(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """Anthropic's API, to a model of the pool."""
+        call = anthropic.read_messages(await self._body(request), _service_header(request))
+        name = call.service_type or FIXED
+        if name != FIXED or call.extension:
+            raise bad_field("service_type", name, FIXED, code="unknown_service_type")
+        self._admit(call, exchange)
+        if call.stream:
+            return await pass_stream(self.engine, request, call, exchange, anthropic.MessageRelay)
+        answer = await self.engine.complete(call, exchange)
+        exchange.model = exchange.steps[-1].model
+        exchange.total_s = self._clock.now() - exchange.started_s
+        usage = answer.usage or guessed_usage(call, len(answer.raw))
+        return _json(anthropic.message_document(answer.value, usage, exchange), exchange)
 
     async def _request(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """``request(prompt, service_type, {key: value})`` (dissertation, table 4.2)."""

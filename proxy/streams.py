@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 import orjson
 from aiohttp import web
@@ -21,8 +22,22 @@ from intentd.proxy.errors import ApiError
 DONE_EVENT: Final = encode_event(DONE)
 
 
+class Relaying(Protocol):
+    """What turns a provider's events into bytes for the client. size_bytes: taken so far."""
+
+    size_bytes: int
+
+    def take(self, events: list[Event]) -> bytes: ...
+
+    def broken(self, error: ApiError) -> bytes: ...
+
+
 async def pass_stream(
-    engine: Engine, request: web.BaseRequest, call: Call, exchange: Exchange
+    engine: Engine,
+    request: web.BaseRequest,
+    call: Call,
+    exchange: Exchange,
+    relay_of: Callable[[Call, Exchange, Attempt], Relaying] | None = None,
 ) -> web.StreamResponse:
     """A provider's stream to the client as it is, [DONE] only when it came whole."""
     async with engine.stream(call, exchange) as (stream, attempt):
@@ -32,7 +47,11 @@ async def pass_stream(
         response = stream_response(exchange)
         exchange.status = 200
         await response.prepare(request)
-        relay = Relay(engine.clock, call, exchange, attempt)
+        relay: Relaying = (
+            Relay(engine.clock, call, exchange, attempt)
+            if relay_of is None
+            else relay_of(call, exchange, attempt)
+        )
         try:
             while events := await stream.read():
                 data = relay.take(events)
@@ -41,7 +60,7 @@ async def pass_stream(
         except UpstreamError as error:
             attempt.failed(error, relay.size_bytes)
             exchange.outcome = f"upstream_{error.kind}"
-            await response.write(error_event(exchange, error))
+            await response.write(relay.broken(broken_stream(exchange, error)))
         except (asyncio.CancelledError, ConnectionError):
             attempt.left(relay.size_bytes)
             raise
@@ -132,8 +151,8 @@ class ChatSink:
     async def fail(self, text: str) -> web.StreamResponse:
         """Said in the stream, because its status is already sent. No [DONE] follows."""
         response = await self._open()
-        error = UpstreamError("cut", text)
-        await response.write(error_event(self._exchange, error))
+        error = broken_stream(self._exchange, UpstreamError("cut", text))
+        await response.write(encode_event(orjson.dumps(error.document())))
         await response.write_eof()
         return response
 
@@ -187,6 +206,9 @@ class Relay:
             out.append(event.raw)
             out.append(b"\n\n")
         return b"".join(out)
+
+    def broken(self, error: ApiError) -> bytes:
+        return encode_event(orjson.dumps(error.document()))
 
     def _collect(self, value: dict[str, Any], text: list[str]) -> None:
         choices = value.get("choices")
@@ -246,10 +268,11 @@ def chunk_event(document: dict[str, Any]) -> bytes:
     return encode_event(orjson.dumps(document))
 
 
-def error_event(exchange: Exchange, error: UpstreamError) -> bytes:
+def broken_stream(exchange: Exchange, error: UpstreamError) -> ApiError:
     """Said in the stream, because its status is already sent. No [DONE] follows."""
-    document = ApiError(
-        502, str(error), code=f"upstream_{error.kind}", kind="upstream_error"
-    ).document()
-    document["error"]["request_id"] = exchange.request_id
-    return encode_event(orjson.dumps(document))
+    return ApiError(
+        502,
+        f"{error} (request {exchange.request_id})",
+        code=f"upstream_{error.kind}",
+        kind="upstream_error",
+    )

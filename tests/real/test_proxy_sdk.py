@@ -1,7 +1,7 @@
-"""The official openai client, unmodified, through the proxy to a scripted provider.
+"""The official openai and anthropic clients, unmodified, through the proxy to a scripted provider.
 
 The client lives in an environment of its own (its pins clash with others'): INTENTD_SDK_PYTHON
-names its interpreter, made by ``python -m venv DIR && DIR/bin/pip install openai``.
+names its interpreter, made by ``python -m venv DIR && DIR/bin/pip install openai anthropic``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from intentd.proxy.config import ProxyConfig
 from intentd.proxy.daemon import ProxyDaemon
 
 PYTHON = os.environ.get("INTENTD_SDK_PYTHON", "")
-CLIENT = Path(__file__).parent / "sdk" / "openai_client.py"
+CLIENTS = Path(__file__).parent / "sdk"
 
 pytestmark = [
     pytest.mark.real,
@@ -62,10 +62,9 @@ async def site(tmp_path: Path) -> AsyncIterator[tuple[ProxyDaemon, Provider]]:
             tasks.cancel_all()
 
 
-async def test_openai(site: tuple[ProxyDaemon, Provider]) -> None:
-    proxy, provider = site
+async def run(client: str, url: str) -> Any:
     process = await asyncio.create_subprocess_exec(
-        PYTHON, str(CLIENT), f"http://{proxy.address}/v1", stdout=asyncio.subprocess.PIPE
+        PYTHON, str(CLIENTS / client), url, stdout=asyncio.subprocess.PIPE
     )
     try:
         out, _ = await asyncio.wait_for(process.communicate(), 60)
@@ -73,7 +72,24 @@ async def test_openai(site: tuple[ProxyDaemon, Provider]) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert process.returncode == 0
-    seen = json.loads(out)
+    return json.loads(out)
+
+
+async def test_anthropic(site: tuple[ProxyDaemon, Provider]) -> None:
+    proxy, _ = site
+    assert await run("anthropic_client.py", f"http://{proxy.address}") == {
+        "text": "Hello there.",
+        "out": 3,
+        "stream": "Hello there.",
+        "stop": "end_turn",
+        "bad_model": "not_found_error",
+        "cut": "APIStatusError",
+    }
+
+
+async def test_openai(site: tuple[ProxyDaemon, Provider]) -> None:
+    proxy, provider = site
+    seen = await run("openai_client.py", f"http://{proxy.address}/v1")
     assert seen.pop("request_id").startswith("req_")
     assert seen == {
         "text": "Hello there.",

@@ -38,6 +38,7 @@ class Script:
     endless: bool = False
     gate: asyncio.Event | None = None
     raw: bytes | None = None
+    deltas: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass
@@ -199,6 +200,8 @@ class Provider:
             }  # fmt: skip
             return b"data: " + json.dumps(document).encode() + b"\n\n"
 
+        for delta in script.deltas:
+            yield chunk(delta)
         number = 0
         while True:
             for word in words:

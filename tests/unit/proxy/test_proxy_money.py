@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.unit.proxy.provider import Script
 
-from intentd.core.errors import InputError
+from intentd.core.errors import InputError, IntentdError
 from intentd.core.prompts.budgets import BudgetRule
 from intentd.daemons.ctl.prompts import parse_budget
 from intentd.daemons.kit.admin import AdminRefusedError
@@ -184,6 +184,13 @@ async def test_admin_refuses_nonsense(site: Any) -> None:
     ):
         with pytest.raises(AdminRefusedError):
             await site.proxy.admin(command, args)
+
+
+async def test_one_proxy_a_ledger(site: Any) -> None:
+    first = await site.start()
+    with pytest.raises(IntentdError, match="in use by another proxy"):
+        await site.start()
+    site.proxies = [first]
 
 
 async def test_the_disk_refuses(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:

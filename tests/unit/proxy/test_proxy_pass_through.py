@@ -86,7 +86,8 @@ async def test_broken_stream_ends_in_an_error(site: Any, script: Script, code: s
     assert "".join(
         json.loads(event)["choices"][0]["delta"]["content"] for event in events[:-1]
     ) in ("Hello there", "Hello there.")
-    _, found, _ = await site.get(f"/v1/requests/{error['request_id']}")
+    request_id = error["message"].rpartition("(request ")[2].rstrip(")")
+    _, found, _ = await site.get(f"/v1/requests/{request_id}")
     assert found["outcome"] == code
     assert found["estimated"]
 

@@ -79,6 +79,7 @@ _STATS: Final = struct.Struct("!64s")
 _STATS_REPLY: Final = struct.Struct("!QQQIIII")
 
 HEADER_BYTES: Final = _HEADER.size
+_OPEN_FLAGS: Final = (0, WANTS_MARK, WANTS_MARK | MARK_ONLY)
 _RESERVED: Final = bytes(3)
 _EMPTY_NAME: Final = bytes(MAX_NAME)
 _EMPTY_PEER: Final = bytes(16)
@@ -316,13 +317,13 @@ _REQUEST_BODIES: Final = {
 
 def _decode_open(packet: bytes, request: int) -> Open:
     flags, hint, family, reserved, size, peer, domain = _OPEN.unpack_from(packet, HEADER_BYTES)
-    if size < 0 or size > MAX_SIZE_BYTES:
+    if not 0 <= size <= MAX_SIZE_BYTES:
         expected = "bytes from 0 to 2**62 (every flow states its size)"
         raise ProtocolError(E_VALUE, "OPEN.size_bytes", size, expected, request)
-    if flags & ~(WANTS_MARK | MARK_ONLY):
-        raise ProtocolError(E_VALUE, "OPEN.flags", flags, "bits 0 and 1 only", request)
-    if flags & MARK_ONLY and not flags & WANTS_MARK:
-        raise ProtocolError(E_VALUE, "OPEN.flags", flags, "bit 1 only with bit 0", request)
+    if flags not in _OPEN_FLAGS:
+        unknown = flags & ~(WANTS_MARK | MARK_ONLY)
+        expected = "bits 0 and 1 only" if unknown else "bit 1 only with bit 0"
+        raise ProtocolError(E_VALUE, "OPEN.flags", flags, expected, request)
     if reserved != _RESERVED:
         raise ProtocolError(E_VALUE, "OPEN.reserved", reserved, "zeros", request)
     name = "" if domain == _EMPTY_NAME else _name("OPEN.domain", domain, request)

@@ -54,6 +54,12 @@ class FlowState(enum.Enum):
     ANNOUNCED = "announced"  # still sends, but its place has been passed on
 
 
+# Read from here: up to Python 3.11, reading a member from its class is slow (120 ns against 14).
+_WAITING: Final = FlowState.WAITING
+_SENDING: Final = FlowState.SENDING
+_ANNOUNCED: Final = FlowState.ANNOUNCED
+
+
 class _Flow:
     __slots__ = ("arrived", "class_index", "flow", "key", "pinned", "sequence", "size", "state")
 
@@ -67,7 +73,7 @@ class _Flow:
         self.arrived = arrived
         self.sequence = sequence
         self.key = arrived
-        self.state = FlowState.WAITING
+        self.state = _WAITING
 
 
 class _Class:
@@ -145,7 +151,7 @@ class FlowGate:
         """A sending flow has sent everything; whoever is next in its class starts."""
         self._now = max(self._now, now)
         entry = self._flows.get(flow)
-        if entry is None or entry.state is FlowState.WAITING:
+        if entry is None or entry.state is _WAITING:
             raise self._refusal(flow, "finishes")
         return self._leave(entry)
 
@@ -153,7 +159,7 @@ class FlowGate:
         """The application gave up, or died, in any state."""
         self._advance(now)
         entry = self._get(flow, "is cancelled", *FlowState)
-        if entry.state is not FlowState.WAITING:
+        if entry.state is not _WAITING:
             return self._leave(entry)
         cls = self._classes[entry.class_index]
         del self._flows[flow]
@@ -165,10 +171,10 @@ class FlowGate:
     def announce(self, flow: int, *, now: float) -> list[Release]:
         """Early FIN: the place passes on though the flow still sends. Again: nothing."""
         self._advance(now)
-        entry = self._get(flow, "announces its end", FlowState.SENDING, FlowState.ANNOUNCED)
-        if entry.state is FlowState.ANNOUNCED:
+        entry = self._get(flow, "announces its end", _SENDING, _ANNOUNCED)
+        if entry.state is _ANNOUNCED:
             return []
-        entry.state = FlowState.ANNOUNCED
+        entry.state = _ANNOUNCED
         cls = self._classes[entry.class_index]
         cls.sending -= 1
         cls.announced += 1
@@ -206,13 +212,13 @@ class FlowGate:
         self._advance(now)
         if policy == self.policy:
             return []
-        before = [entry for entry in self._flows.values() if entry.state is not FlowState.WAITING]
+        before = [entry for entry in self._flows.values() if entry.state is not _WAITING]
         self.policy = policy
         self._adopt(policy)
         for entry in before:
             entry.class_index = self._class_after_change(entry)
             cls = self._classes[entry.class_index]
-            if entry.state is FlowState.SENDING:
+            if entry.state is _SENDING:
                 cls.sending += 1
             else:
                 cls.announced += 1
@@ -312,14 +318,14 @@ class FlowGate:
     def _start(self, entry: _Flow, cls: _Class, degraded: str = ORDERED) -> Release:
         if not degraded and cls.announced and cls.sending + cls.announced >= cls.mpl:
             degraded = EARLY_FIN
-        entry.state = FlowState.SENDING
+        entry.state = _SENDING
         cls.sending += 1
         return Release(entry.flow, entry.class_index, degraded)
 
     def _leave(self, entry: _Flow) -> list[Release]:
         del self._flows[entry.flow]
         cls = self._classes[entry.class_index]
-        if entry.state is FlowState.ANNOUNCED:
+        if entry.state is _ANNOUNCED:
             cls.announced -= 1
         else:
             cls.sending -= 1

@@ -32,6 +32,9 @@ _TURN: Final = 1  # waits for, or has, a turn
 _FALLBACK: Final = 2  # should have a turn, but there is no lease
 _LOOSE: Final = 3  # let go after max_wait, in nobody's queue any more
 
+_AWAY: Final = MemberState.AWAY  # as in gate.py: cheaper to read than a member of its class
+_MEMBER: Final = MemberState.MEMBER
+
 
 @dataclass(slots=True)
 class _Flow:
@@ -285,7 +288,7 @@ class DomainGate:
         index = self._class_of(entry)
         if not self._needs_turn(entry, index):
             entry.where = _GATE
-        elif self._turn.state is MemberState.AWAY:
+        elif self._turn.state is _AWAY:
             entry.where = _FALLBACK
         else:
             entry.where = _TURN
@@ -299,14 +302,14 @@ class DomainGate:
     def _out(self, released: list[Release], now: float) -> list[Release]:
         """After every call: move flows if the lease came or went, then mark and count."""
         marked = self._marked(released)
-        if self._turn.state is MemberState.AWAY:
+        if self._turn.state is _AWAY:
             flows = self._turn.waiting_flows()
             if flows:
                 self._turn.withdraw(flows, now=now)
                 for flow in flows:
                     marked += self._marked(self._route(flow, self._flows[flow], now))
             self._fallen_back = True
-        elif self._turn.state is MemberState.MEMBER and self._fallen_back:
+        elif self._turn.state is _MEMBER and self._fallen_back:
             self._fallen_back = False
             waiting = [
                 (entry.arrived, flow, entry)

@@ -117,3 +117,56 @@ def cache(
     model = fit_gate(learned, embed, seed=seed, progress=message)
     measured = measure(model, tested, embed, seed)
     _show(report(measured, choose_threshold(measured, max_false_hit)), json)
+
+
+@app.command("cascade")
+def cascade(
+    test: TestOption,
+    m1: Annotated[str, typer.Option(help="The cheap model.")],
+    verifier: Annotated[
+        list[str], typer.Option(help="A recorded judge, or cheap models to compare with.")
+    ],
+    m2: Annotated[str, typer.Option(help="The dear model.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Judge: escalate below it (1-10). Else: chance of being wrong (0-1)."),
+    ] = None,
+    train: Annotated[
+        list[Path] | None, typer.Option(help="Learn from agreement in these files.")
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(help="Without --threshold: mean loss allowed on the train files.")
+    ] = 0.01,
+    seed: int = 0,
+    json: JsonOption = False,
+) -> None:
+    """Replay M1 -> verifier -> M2 on recorded answers; report quality, cost and escalations."""
+    import numpy as np
+
+    from intentd.controller.search import prompts_cascade as study
+    from intentd.core.prompts.cascade import PRIOR_AGREEMENT, check_threshold
+
+    rows = _rows([test], "dev")
+    if study.has_judges(rows):
+        if len(verifier) != 1 or threshold is None:
+            raise InputError("--verifier, --threshold", verifier, "one judge and a threshold")
+        replay, scores, other = study.judged_replay(rows, m1, verifier[0], m2)
+        escalated = scores < check_threshold(threshold, "--threshold")
+        result = study.score_cascade(np.asarray(escalated), replay, seed=seed)
+        _show({**result, "threshold": threshold, "measured_by": other}, json)
+        return
+    replay = study.replay_of(rows, m1, verifier, m2)
+    model = PRIOR_AGREEMENT
+    if train:
+        learned = study.replay_of(_rows(train, "train"), m1, verifier, m2)
+        model = study.fit_agreement(learned)
+        if threshold is None:
+            doubt = study.doubts(model, learned)
+            threshold = study.cheapest_threshold(doubt, learned, max_loss)
+    elif threshold is None:
+        raise InputError("--threshold", None, "a chance from 0 to 1, or --train files")
+    if not 0 <= threshold <= 1:
+        raise InputError("--threshold", threshold, "a chance from 0 to 1")
+    escalated = study.doubts(model, replay) >= threshold
+    result = study.score_cascade(np.asarray(escalated), replay, seed=seed)
+    _show({**result, "threshold": round(threshold, 6)}, json)

@@ -1,0 +1,176 @@
+"""Cascades replayed on recorded answers: what they keep of the dear model's quality, at what cost.
+
+The verifier is either a judge whose scores were recorded (then another judge's scores are the
+measure of quality), or cheap models whose recorded answers are compared with the first one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from intentd.core.errors import InputError
+from intentd.core.prompts.cascade import (
+    FEATURES,
+    AgreementModel,
+    Answered,
+    agreement_features,
+    final_answer,
+    normal_answer,
+)
+from intentd.core.prompts.router import Array
+
+RIDGE: Final = 5.0
+STEPS: Final = 25
+SCORE_PREFIX: Final = "score_"
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """One row a prompt. doubt: what is compared with the threshold (more is worse)."""
+
+    quality_first: Array
+    quality_second: Array
+    cost_first: Array
+    cost_second: Array
+    features: Array
+
+
+def replay_of(
+    rows: Sequence[Mapping[str, Any]], first: str, verifiers: Sequence[str], second: str
+) -> Replay:
+    """Rows in which all named models answered. Raises InputError naming an unknown model."""
+    table, features = [], []
+    for row in rows:
+        models = row.get("models", {})
+        if any(models.get(name, {}).get("score") is None for name in (first, second, *verifiers)):
+            continue
+        seen = [_answered(models[name]) for name in (first, *verifiers)]
+        features.append(agreement_features(seen[0], seen[1:]))
+        cheap = sum(float(models[name].get("cost_usd") or 0.0) for name in (first, *verifiers))
+        dear = float(models[second].get("cost_usd") or 0.0)
+        scores = float(models[first]["score"]), float(models[second]["score"])
+        table.append((*scores, cheap, dear))
+    if not table:
+        raise InputError("models", (first, *verifiers, second), "models recorded in the files")
+    columns = np.array(table).T
+    return Replay(columns[0], columns[1], columns[2], columns[3], np.array(features))
+
+
+def _answered(model: Mapping[str, Any]) -> Answered:
+    text = str(model.get("response") or "")
+    parsed = model.get("parsed_answer")
+    answer = normal_answer(parsed) if parsed is not None else final_answer(text)
+    return Answered(answer, int(model.get("out_tokens") or 1), text)
+
+
+def fit_agreement(replay: Replay) -> AgreementModel:
+    """Logistic regression (Newton, ridge) on "the first is wrong and the second right"."""
+    centre = replay.features.mean(axis=0)
+    scale = replay.features.std(axis=0) + 1e-6
+    inputs = np.hstack([(replay.features - centre) / scale, np.ones((len(replay.features), 1))])
+    target = (replay.quality_second > replay.quality_first).astype(float)
+    penalty = np.diag([RIDGE] * len(FEATURES) + [1e-6])
+    weights = np.zeros(inputs.shape[1])
+    for _ in range(STEPS):
+        chance = 1.0 / (1.0 + np.exp(-np.clip(inputs @ weights, -30, 30)))
+        slope = inputs.T @ (target - chance) - penalty @ weights
+        curve = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + penalty
+        weights = weights + np.linalg.solve(curve, slope)
+    return AgreementModel(
+        tuple(weights[:-1].tolist()),
+        float(weights[-1]),
+        tuple(centre.tolist()),
+        tuple(scale.tolist()),
+    )
+
+
+def doubts(model: AgreementModel, replay: Replay) -> Array:
+    return np.array([model.chance_wrong(row) for row in replay.features.tolist()])
+
+
+def cheapest_threshold(doubt: Array, replay: Replay, max_loss: float) -> float:
+    """The highest threshold whose mean loss of quality stays within max_loss."""
+    gain = replay.quality_second - replay.quality_first
+    order = np.argsort(doubt)
+    # all prompts up to a place in this order keep the first answer
+    loss = np.cumsum(gain[order]) / len(gain)
+    fits = np.flatnonzero(loss <= max_loss)
+    if len(fits) == 0:
+        return 0.0
+    place = int(fits[-1])
+    return 1.0 if place == len(doubt) - 1 else float(doubt[order[place + 1]])
+
+
+def score_cascade(
+    escalated: npt.NDArray[np.bool_], replay: Replay, *, draws: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Quality, cost and share escalated, beside the dear model and a random choice."""
+    quality = np.where(escalated, replay.quality_second, replay.quality_first)
+    cost = replay.cost_first + np.where(escalated, replay.cost_second, 0.0)
+    lost = replay.quality_second - quality
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(lost), (draws, len(lost)))
+    low, high = np.quantile(lost[rows].mean(axis=1), [0.025, 0.975])
+    share = float(escalated.mean())
+    random_choice = (1 - share) * replay.quality_first.mean() + share * replay.quality_second.mean()
+    dear = float(replay.cost_second.sum())
+    return {
+        "quality": round(float(quality.mean()), 4),
+        "cost": round(float(cost.sum()), 6) if dear else None,
+        "escalated": round(share, 4),
+        "n": len(lost),
+        "quality_m1": round(float(replay.quality_first.mean()), 4),
+        "quality_m2": round(float(replay.quality_second.mean()), 4),
+        "quality_random": round(float(random_choice), 4),
+        "cost_m2": round(dear, 6) if dear else None,
+        "cost_share": round(float(cost.sum()) / dear, 4) if dear else None,
+        "loss": round(float(lost.mean()), 4),
+        "loss_95": [round(float(low), 4), round(float(high), 4)],
+    }
+
+
+def judged_replay(
+    rows: Sequence[Mapping[str, Any]], first: str, judge: str, second: str
+) -> tuple[Replay, Array, str]:
+    """(qualities by the other judge, the judge's scores of the first answer, the other judge)."""
+    judges = {
+        key.removeprefix(SCORE_PREFIX)
+        for row in rows
+        for model in row.get("models", {}).values()
+        for key in model
+        if key.startswith(SCORE_PREFIX)
+    }
+    if judge not in judges or len(judges) < 2:
+        raise InputError("--verifier", judge, f"one of two judges: {', '.join(sorted(judges))}")
+    other = min(judges - {judge})
+    table = []
+    for row in rows:
+        models = row.get("models", {})
+        one, two = models.get(first, {}), models.get(second, {})
+        values = (
+            one.get(SCORE_PREFIX + other),
+            two.get(SCORE_PREFIX + other),
+            one.get(SCORE_PREFIX + judge),
+        )
+        if None not in values:
+            costs = (float(one.get("cost_usd") or 0.0), float(two.get("cost_usd") or 0.0))
+            table.append((*map(float, values), *costs))
+    if not table:
+        raise InputError("--m1, --m2", (first, second), "models recorded in the file")
+    columns = np.array(table).T
+    none = np.zeros((len(table), len(FEATURES)))
+    return Replay(columns[0], columns[1], columns[3], columns[4], none), columns[2], other
+
+
+def has_judges(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(
+        key.startswith(SCORE_PREFIX)
+        for row in rows[:1]
+        for model in row.get("models", {}).values()
+        for key in model
+    )

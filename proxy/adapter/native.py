@@ -171,8 +171,12 @@ class Upstream:
                     await stream.read_first()
             except (aiohttp.ClientError, OSError) as error:
                 raise self.failed(error) from None
-            yield stream
-            await stream.finish()
+            stream.watch()
+            try:
+                yield stream
+                await stream.finish()
+            finally:
+                stream.unwatch()
         finally:
             if response is not None:
                 response.close()
@@ -300,6 +304,10 @@ class UpstreamStream:
         self._finished: set[int] = set()
         self._ready: list[Event] = []
         self._failure: UpstreamError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._reading = False
+        self._since_s = 0.0
         self.done = False
 
     async def read_first(self) -> None:
@@ -314,16 +322,37 @@ class UpstreamStream:
             return events
         if self.done:
             return []
-        loop = asyncio.get_running_loop()
-        # Silence is counted between events: a provider that drips bytes does not count as alive.
-        until_s = min(loop.time() + self._idle_s, self._ends_s)
+        self._since_s = self._loop.time()
+        self._reading = True
         try:
-            async with asyncio.timeout_at(until_s):
-                while not (events := await self._batch()):
-                    pass
+            while not (events := await self._batch()):
+                pass
         except (aiohttp.ClientError, OSError) as error:
             raise self._upstream.failed(error) from None
+        finally:
+            self._reading = False
         return events
+
+    def watch(self) -> None:
+        """Break a read that waits too long for an event.
+
+        One timer a stream, set anew when it runs out: a timer for each read would cost a third of
+        a chunk. Silence is counted between events, so a provider that drips bytes does not count
+        as alive, and only while this side reads, so a slow client does not look like it.
+        """
+        now = self._loop.time()
+        due_s = min(
+            self._since_s + self._idle_s if self._reading else now + self._idle_s, self._ends_s
+        )
+        if now >= due_s and (self._reading or now >= self._ends_s):
+            self._content.set_exception(TimeoutError())
+            return
+        self._timer = self._loop.call_at(max(due_s, now + 0.001), self.watch)
+
+    def unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def finish(self) -> None:
         """Take the end of the body, which mostly came with [DONE], so the connection is reused."""

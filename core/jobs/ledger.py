@@ -516,8 +516,11 @@ class Ledger:
 
     # -- predictions and reasons ---------------------------------------------------------------
 
-    def snapshot(self, now: float, candidate: JobSpec | None = None) -> tuple[Snapshot, list[int]]:
+    def snapshot(
+        self, now: float, candidate: JobSpec | None = None, *, upto: int | None = None
+    ) -> tuple[Snapshot, list[int]]:
         """What a prediction starts from, and the ids of its jobs; a candidate comes last, as 0.
+        upto: as if jobs with larger ids had not come yet.
 
         All that fit, quotas left aside; a job that runs and ends for good is left out, its GPUs
         are free soon.
@@ -526,7 +529,9 @@ class Ledger:
         rows = [
             (job, min(self._lines[job.id].largest, capacity))
             for job in self.jobs.values()
-            if job.spec.min_gpus <= capacity and job.purpose not in ("cancel", "time limit")
+            if job.spec.min_gpus <= capacity
+            and job.purpose not in ("cancel", "time limit")
+            and (upto is None or job.id <= upto)
         ]
         if candidate is not None:
             self.check(candidate)
@@ -591,6 +596,13 @@ class Ledger:
     def left(self, job: Job) -> float:
         """Estimated GPU seconds still to do."""
         return max(job.size_gpu_s - job.done_gpu_s, LEAST_LEFT * job.size_gpu_s)
+
+    def seconds_left(self, job: Job, now: float) -> float:
+        """Until the job ends on what it holds; infinite if it holds nothing."""
+        line = self._lines[job.id]
+        speed = float(line.speeds[min(job.gpus, line.largest)])
+        stall_s = max(0.0, job.stall_until_s - now)
+        return stall_s + self.left(job) / speed if speed > 0 else math.inf
 
     def learned_size(self, spec: JobSpec) -> float:
         """Median size of the last finished jobs of this owner and name, else the default."""

@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,9 @@ MAX_CONNECTIONS: Final = 64
 IDLE_TIMEOUT_S: Final = 300.0
 _SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; the socket module does not name it
 _MAX_GROUPS: Final = 65536  # NGROUPS_MAX
+
+# Who asks, as the kernel says: set while a command is handled.
+peer_uid: ContextVar[int] = ContextVar("peer_uid", default=-1)
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -146,6 +150,7 @@ class AdminServer:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid, gid, groups = peer_credentials(writer.get_extra_info("socket"))
+        peer_uid.set(uid)  # a connection is a task of its own, and so is its context
         if not self.permitted(uid, gid, groups):
             self._metrics.admin_requests.labels("denied").inc()
             _log.warning("admin connection denied", extra={"uid": uid, "gid": gid})

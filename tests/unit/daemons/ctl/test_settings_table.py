@@ -13,7 +13,7 @@ from intentd.daemons.kit.config import with_settings
 DOCUMENT = Path(__file__).parents[4] / "docs" / "operations.md"
 
 
-@pytest.mark.parametrize("role", ["common", "agent", "sequencer", "controller", "proxy"])
+@pytest.mark.parametrize("role", ["common", "agent", "sequencer", "controller", "gpu", "proxy"])
 def test_the_table_is_up_to_date(role: str) -> None:
     text = DOCUMENT.read_text()
     assert text == with_settings(text, role, settings_table(role)), (

@@ -1,0 +1,253 @@
+"""intentd-gpu: GPUs for jobs, with a finish time for each (dissertation, chapter 3)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import pwd
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from intentd.core.errors import ConfigError, InputError, PolicyError
+from intentd.core.jobs.job import Instruction, Job
+from intentd.core.jobs.ledger import Ledger
+from intentd.core.jobs.policy import from_plain, make, to_plain
+from intentd.core.jobs.predictor import Predictor
+from intentd.core.messages import NumberedPolicy, PolicyAck
+from intentd.daemons.gpu.api import Api, answer_to
+from intentd.daemons.gpu.config import GpuConfig
+from intentd.daemons.gpu.executors import Executor, LocalExecutor, SimExecutor
+from intentd.daemons.gpu.metrics import GpuCollector
+from intentd.daemons.gpu.scheduler import Scheduler
+from intentd.daemons.gpu.service import Caller, Service
+from intentd.daemons.gpu.store import JobStore
+from intentd.daemons.kit.admin import AdminRefusedError, peer_uid
+from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
+from intentd.daemons.kit.link import MemberLink
+from intentd.daemons.kit.store import Store
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+_log = logging.getLogger(__name__)
+
+STORE_FILE: Final = "gpu.sqlite"
+POLL_S: Final = 1.0
+PRUNE_S: Final = 60.0
+LEARNED_FROM: Final = 2000
+
+
+class GpuDaemon(Daemon[GpuConfig]):
+    """One process that owns the books of one cluster; the jobs live in processes of their own."""
+
+    role: ClassVar[str] = "gpu"
+    config_model = GpuConfig
+
+    def __init__(self, config: GpuConfig, kit: Kit) -> None:
+        super().__init__(config, kit)
+        self.service: Service | None = None
+        self.scheduler: Scheduler | None = None
+        self._store: JobStore | None = None
+        self._link: MemberLink | None = None
+        self._executor: Executor | None = None
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        config, kit = self.config, self.kit
+        self._store = store = JobStore(config.state_dir / STORE_FILE)
+        ledger = Ledger(
+            config.jobs.placement(),
+            policy=make(config.jobs.policy),
+            costs=config.costs.costs(),
+            rules=config.jobs.rules(config.costs.hold_growth_s),
+        )
+        self.scheduler = scheduler = Scheduler(ledger, store, Predictor(), kit.clock)
+        self._restore(ledger, store, scheduler.now())
+        self._executor = scheduler.executor = self._make_executor(tasks, scheduler)
+        kit.metrics.registry.register(GpuCollector(self.status))
+        self._link = MemberLink(
+            config,
+            kit,
+            on_policy=self._on_policy,
+            collect_report=lambda: {"jobs": self._report()},
+            capabilities=lambda: {"gpus": ledger.total_gpus, "executor": config.jobs.executor},
+        )
+        await self._link.start(tasks)
+        scheduler.recover()
+        tasks.create_task(scheduler.run(), name="scheduler")
+        tasks.create_task(self._poll_for_ever(scheduler, store), name="poll")
+        self.service = Service(scheduler, config.jobs.profiles)
+        _log.info(
+            "scheduling",
+            extra={"gpus": ledger.total_gpus, "unfinished": len(ledger.jobs)},
+        )
+
+    async def reload(self, config: GpuConfig) -> None:
+        """Quotas, profiles, costs, bounds; nodes and executor need a restart."""
+        for name in ("executor", "nodes"):
+            if getattr(config.jobs, name) != getattr(self.config.jobs, name):
+                raise ConfigError(f"jobs.{name}", "changed", "a restart to change it")
+        if config.output.max_bytes != self.config.output.max_bytes:
+            raise ConfigError("output.max_bytes", "changed", "a restart to change it")
+        scheduler = self.scheduler
+        if scheduler is None:
+            return
+        costs, rules = config.costs.costs(), config.jobs.rules(config.costs.hold_growth_s)
+
+        def take(ledger: Ledger, now: float) -> list[Instruction]:
+            ledger.costs, ledger.rules = costs, rules
+            return []
+
+        scheduler.post(take, "configuration reloaded")
+        self.service = Service(scheduler, config.jobs.profiles)
+        if self._link is not None:
+            self._link.reconfigure(config.controller)
+
+    async def stop(self) -> None:
+        """Jobs go on: the next daemon takes them up again."""
+        if self._link is not None:
+            await self._link.stop()
+        if self._executor is not None:
+            await self._executor.close()
+        if self._store is not None:
+            self._store.store.close()
+
+    def unready(self) -> list[str]:
+        reasons = self._link.unready() if self._link is not None else []
+        if self._store is not None:
+            reasons = [*reasons, *self._store.store.unready()]
+        return reasons
+
+    def status(self) -> dict[str, Any]:
+        scheduler = self.scheduler
+        if scheduler is None:
+            return {}
+        ledger = scheduler.ledger
+        held = sum(job.gpus for job in ledger.jobs.values())
+        return {
+            "executor": self.config.jobs.executor,
+            "policy": {**to_plain(ledger.policy)},
+            "jobs": scheduler.state_counts(),
+            "counts": dict(scheduler.counts),
+            "gpus": {"total": ledger.total_gpus, "usable": ledger.capacity, "held": held},
+            "coverage": [
+                {**row, "kept_percent": None if math.isnan(row["kept_percent"]) else kept}
+                for row in scheduler.predictor.calibrator.coverage()
+                for kept in (row["kept_percent"],)
+            ],
+            "decide_s": scheduler.decide_s,
+            "predict_s": scheduler.predict_s,
+            "stale_events": ledger.stale_events,
+        }
+
+    def add_routes(self, app: web.Application) -> None:
+        Api(lambda: self.config.status.tokens, lambda: self.service).add_routes(app)
+
+    async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        group, _, name = command.partition(".")
+        if group != "jobs":
+            return await super().admin(command, args)
+        if self.service is None:
+            raise AdminRefusedError("the scheduler is starting", "starting")
+        try:
+            return await answer_to(self.service, name, args, caller_of(peer_uid.get()))
+        except InputError as error:
+            raise AdminRefusedError(str(error), "bad_request") from None
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _restore(self, ledger: Ledger, store: JobStore, now: float) -> None:
+        facts = store.facts()
+        for name in facts.get("drained", []):
+            if name in ledger.nodes:
+                ledger.drain(name, now)
+        for owner, name, size in store.finished_sizes(LEARNED_FROM):
+            ledger.learn(owner, name, size)
+        ledger.reserve_ids(store.highest_id())
+        for job in store.unfinished():
+            for node in job.devices:
+                if node not in ledger.nodes:
+                    raise ConfigError("jobs.nodes", node, f"the node job {job.id} runs on")
+            ledger.restore(job)
+
+    def _make_executor(self, tasks: asyncio.TaskGroup, scheduler: Scheduler) -> Executor:
+        ledger = scheduler.ledger
+        if self.config.jobs.executor == "sim":
+
+            def left_s(job: Job) -> float:
+                return ledger.seconds_left(job, scheduler.now())
+
+            return SimExecutor(tasks, self.kit.clock, scheduler, left_s)
+        offsets, at = {}, 0
+        for node in ledger.nodes.values():
+            offsets[node.name] = at
+            at += node.gpus
+        base = self.config.state_dir / "jobs"
+        return LocalExecutor(base, scheduler, offsets, self.config.output.max_bytes)
+
+    async def _poll_for_ever(self, scheduler: Scheduler, store: JobStore) -> None:
+        """Progress, the store's recovery, and the records that are too old."""
+        next_prune_s = 0.0
+        while True:
+            await self.kit.clock.sleep(POLL_S)
+            assert self._executor is not None
+            self._executor.poll()
+            if store.store.unready():
+                await store.store.run(lambda it: it.probe())
+            if self.kit.clock.now() >= next_prune_s and not store.store.unready():
+                next_prune_s = self.kit.clock.now() + PRUNE_S
+                for job in await store.store.run(self._prune):
+                    self._executor.forget(job)
+
+    def _prune(self, _store: Store) -> list[int]:
+        return self._store.prune(self.config.output.keep_jobs) if self._store is not None else []
+
+    def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:
+        """The controller's choice of a policy for the jobs application."""
+        number = (policy.application, policy.era, policy.number)
+        if policy.application != "jobs":
+            return PolicyAck(*number, applied=True)
+        try:
+            chosen = from_plain(policy.body)
+        except PolicyError as error:
+            return PolicyAck(*number, applied=False, reason=str(error))
+        scheduler = self.scheduler
+        if scheduler is None:
+            return PolicyAck(*number, applied=False, reason="starting")
+
+        def take(ledger: Ledger, now: float) -> list[Instruction]:
+            ledger.set_policy(chosen)
+            return []
+
+        scheduler.post(take, f"policy {policy.era}.{policy.number} applied")
+        return PolicyAck(*number, applied=True)
+
+    def _report(self) -> dict[str, Any]:
+        """What the controller learns from: the last jobs that ended, newest last."""
+        scheduler = self.scheduler
+        if scheduler is None:
+            return {}
+        status = self.status()
+        return {
+            "gpus": scheduler.ledger.total_gpus,
+            "jobs": status["jobs"],
+            "counts": status["counts"],
+            "finished": scheduler.finished[-200:],
+        }
+
+
+def caller_of(uid: int) -> Caller:
+    """The user behind a connection. Root and the daemon's own user are trusted."""
+    try:
+        name = pwd.getpwuid(uid).pw_name if uid >= 0 else ""
+    except KeyError:
+        name = f"uid-{uid}"
+    return Caller(name, trusted=uid in (0, os.geteuid()))
+
+
+def main() -> int:
+    return run_daemon(GpuDaemon)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,351 @@
+"""What carries out the scheduler's orders: real processes of this host, or only time.
+
+An executor says what happened by three calls of its ``Sink`` and never decides. ``local`` starts a
+supervisor per run (see ``supervisor``) and finds it again after the daemon's own death; ``sim``
+lets a run take as long as its books say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from intentd.core.jobs.job import Job, Start, State, Stop
+from intentd.daemons.gpu import supervisor
+from intentd.daemons.kit.clock import Clock
+
+_log = logging.getLogger(__name__)
+
+START_TIMEOUT_S: Final = 60.0
+BACKOFF_S: Final = 2.0
+PASSED_ON: Final = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "LD_LIBRARY_PATH")
+
+
+class Sink(Protocol):
+    """Who hears what became of runs."""
+
+    def started(self, job: int, epoch: int) -> None: ...
+
+    def exited(self, job: int, epoch: int, status: int, detail: str) -> None: ...
+
+    def lost(self, job: int, epoch: int, why: str, *, began: bool) -> None: ...
+
+    def progress(self, job: int, epoch: int, done: float, total: float) -> None: ...
+
+
+class Executor(Protocol):
+    """Orders in. None of these blocks; none raises for what a job does."""
+
+    def start(self, order: Start, job: Job) -> None: ...
+
+    def stop(self, order: Stop) -> None: ...
+
+    def recover(self, job: Job) -> None:
+        """A run that was on its way when the daemon died; tells the sink where it stands."""
+
+    def poll(self) -> None:
+        """Called every second or so."""
+
+    def forget(self, job: int) -> None:
+        """The job's records are gone: remove its files."""
+
+    def output(self, job: int) -> list[Path]:
+        """Files of its output, older first."""
+
+    async def close(self) -> None:
+        """Runs go on."""
+
+
+class SimExecutor:
+    """left_s: seconds a job still needs as it is."""
+
+    def __init__(
+        self, tasks: asyncio.TaskGroup, clock: Clock, sink: Sink, left_s: Callable[[Job], float]
+    ) -> None:
+        self._tasks, self._clock, self._sink, self._left_s = tasks, clock, sink, left_s
+        self._runs: dict[tuple[int, int], asyncio.Task[None]] = {}
+
+    def start(self, order: Start, job: Job) -> None:
+        self._sink.started(order.job, order.epoch)
+        self._play(job)
+
+    def recover(self, job: Job) -> None:
+        if job.state is State.CHECKPOINTING:
+            self._sink.exited(job.id, job.epoch, -signal.SIGTERM, "")
+        else:
+            self._sink.started(job.id, job.epoch)
+            self._play(job)
+
+    def _play(self, job: Job) -> None:
+        key = (job.id, job.epoch)
+
+        async def run() -> None:
+            await self._clock.sleep(self._left_s(job))
+            self._runs.pop(key, None)
+            self._sink.exited(*key, 0, "")
+
+        self._runs[key] = self._tasks.create_task(run(), name=f"job {job.id}")
+
+    def stop(self, order: Stop) -> None:
+        task = self._runs.pop((order.job, order.epoch), None)
+        if task is not None:
+            task.cancel()
+            self._sink.exited(order.job, order.epoch, -order.signal, "")
+
+    def poll(self) -> None:
+        """Simulated jobs report nothing."""
+
+    def forget(self, job: int) -> None:
+        """There are no files."""
+
+    def output(self, job: int) -> list[Path]:
+        return []
+
+    async def close(self) -> None:
+        for task in self._runs.values():
+            task.cancel()
+
+
+class LocalExecutor:
+    """base: where runs and outputs lie. offsets: node -> index of its first GPU on this host."""
+
+    def __init__(
+        self,
+        base: Path,
+        sink: Sink,
+        offsets: dict[str, int],
+        max_output_bytes: int,
+    ) -> None:
+        self._base, self._sink, self._offsets = base, sink, offsets
+        self._max_output_bytes = max_output_bytes
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="start")
+        self._loop = asyncio.get_running_loop()
+        self._watched: dict[tuple[int, int], int] = {}  # run -> pidfd of its supervisor
+        self._seen: dict[tuple[int, int], int] = {}
+        base.mkdir(mode=0o700, exist_ok=True)
+
+    def run_dir(self, job: int, epoch: int) -> Path:
+        return self._base / str(job) / str(epoch)
+
+    # -- orders --------------------------------------------------------------------------------
+
+    def start(self, order: Start, job: Job) -> None:
+        spec = self._run_spec(order, job)
+        future = self._pool.submit(self._launch, self.run_dir(order.job, order.epoch), spec)
+        future.add_done_callback(
+            lambda done: self._in_loop(self._launched, order.job, order.epoch, done.result())
+        )
+
+    def stop(self, order: Stop) -> None:
+        run = self.run_dir(order.job, order.epoch)
+        said = {"signal": int(order.signal), "grace_s": order.grace_s, "purpose": order.purpose}
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            supervisor.write_whole(run / "stop.json", said)
+        except OSError as error:
+            _log.error("cannot pass a stop on", extra={"job": order.job, "error": str(error)})
+        descriptor = self._watched.get((order.job, order.epoch))
+        if descriptor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGUSR1)
+
+    def recover(self, job: Job) -> None:
+        run = self.run_dir(job.id, job.epoch)
+        if (run / "exit.json").exists():
+            self._ended(job.id, job.epoch)
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        if supervisor.claim(run, "daemon"):
+            # whoever was to start it finds the claim taken and does nothing
+            self._sink.lost(job.id, job.epoch, "the daemon ended before it started", began=False)
+            return
+        self._watch(job.id, job.epoch)
+
+    def poll(self) -> None:
+        for job, epoch in list(self._watched):
+            path = self.run_dir(job, epoch) / "progress.json"
+            try:
+                stamp = path.stat().st_mtime_ns
+                if stamp == self._seen.get((job, epoch)):
+                    continue
+                said = json.loads(path.read_text(encoding="utf-8"))
+                done, total = float(said["done"]), float(said["total"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # the job's own file: nothing yet, or nonsense
+            self._seen[(job, epoch)] = stamp
+            self._sink.progress(job, epoch, done, total)
+
+    def forget(self, job: int) -> None:
+        shutil.rmtree(self._base / str(job), ignore_errors=True)
+
+    def output(self, job: int) -> list[Path]:
+        where = self._base / str(job)
+        return [where / "output.1.log", where / "output.log"]
+
+    async def close(self) -> None:
+        await self._loop.run_in_executor(None, self._pool.shutdown)
+        for descriptor in self._watched.values():
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self._watched.clear()
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _run_spec(self, order: Start, job: Job) -> dict[str, Any]:
+        run = self.run_dir(order.job, order.epoch)
+        indices = [
+            self._offsets[node] + index for node, own in order.devices.items() for index in own
+        ]
+        text = ",".join(map(str, indices))
+        passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        spec = job.spec
+        environment = {
+            **passed,
+            **spec.env,
+            "CUDA_VISIBLE_DEVICES": text,
+            "INTENTD_GPU_INDICES": text,
+            "INTENTD_GPUS": str(len(indices)),
+            "INTENTD_JOB_ID": str(order.job),
+            "INTENTD_EPOCH": str(order.epoch),
+            "INTENTD_RUN": str(run),
+            "INTENTD_PROGRESS": str(run / "progress.json"),
+            "INTENTD_TRIALS": str(spec.trials),
+        }
+        if spec.array_index >= 0:
+            environment["INTENTD_ARRAY_INDEX"] = str(spec.array_index)
+        return {
+            "job": order.job,
+            "epoch": order.epoch,
+            "command": list(spec.command),
+            "env": environment,
+            "workdir": spec.workdir or str(self._base / str(order.job)),
+            "output": str(self._base / str(order.job) / "output.log"),
+            "max_output_bytes": self._max_output_bytes // 2,
+        }
+
+    def _launch(self, run: Path, spec: dict[str, Any]) -> tuple[int, str]:
+        """On a thread: status of the supervisor's first half, and what went wrong before it."""
+        try:
+            run.mkdir(mode=0o700, parents=True, exist_ok=True)
+            supervisor.write_whole(run / "run.json", spec)
+            (run / "run.json").chmod(0o600)
+            command = [sys.executable, "-I", "-S", supervisor.__file__, str(run)]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                timeout=START_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            return -1, str(error)
+        return done.returncode, ""
+
+    def _in_loop(self, call: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the next daemon recovers
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _launched(self, job: int, epoch: int, outcome: tuple[int, str]) -> None:
+        status, error = outcome
+        run = self.run_dir(job, epoch)
+        if status == 0:
+            self._watch(job, epoch)
+        elif (run / "exit.json").exists():
+            self._ended(job, epoch)
+        elif self._claimed(run):
+            why = f"cannot start a supervisor: {error or f'status {status}'}"
+            _log.error("start failed", extra={"job": job, "epoch": epoch, "error": why})
+            self._loop.call_later(BACKOFF_S, lambda: self._sink.lost(job, epoch, why, began=False))
+        else:
+            self._watch(job, epoch)
+
+    def _claimed(self, run: Path) -> bool:
+        """Whether nobody can start this run any more. A disk that takes no claim takes no
+        supervisor's either."""
+        try:
+            return supervisor.claim(run, "daemon")
+        except OSError:
+            return True
+
+    def _watch(self, job: int, epoch: int) -> None:
+        """Hear of the supervisor's end by its pidfd; the start time tells it from a stranger."""
+        try:
+            who = json.loads((self.run_dir(job, epoch) / "claim").read_text(encoding="utf-8"))
+            if who["who"] == "daemon":
+                self._sink.lost(job, epoch, "never started", began=False)
+                return
+            descriptor = os.pidfd_open(who["pid"])
+        except (OSError, ValueError):
+            self._ended(job, epoch)
+            return
+        try:
+            same = supervisor.start_ticks(who["pid"]) == who["start_ticks"]
+        except OSError:
+            same = False
+        if not same:
+            os.close(descriptor)
+            self._ended(job, epoch)
+            return
+        self._watched[(job, epoch)] = descriptor
+        self._loop.add_reader(descriptor, self._supervisor_gone, job, epoch)
+        self._sink.started(job, epoch)
+
+    def _supervisor_gone(self, job: int, epoch: int) -> None:
+        descriptor = self._watched.pop((job, epoch))
+        self._seen.pop((job, epoch), None)
+        self._loop.remove_reader(descriptor)
+        os.close(descriptor)
+        self._ended(job, epoch)
+
+    def _ended(self, job: int, epoch: int) -> None:
+        run = self.run_dir(job, epoch)
+        with contextlib.suppress(Exception):
+            self.poll_one(job, epoch)
+        try:
+            said = json.loads((run / "exit.json").read_text(encoding="utf-8"))
+            status, detail = int(said["status"]), str(said["detail"])
+        except (OSError, ValueError, KeyError, TypeError):
+            killed = kill_marked(run)
+            why = f"its supervisor is gone ({killed} processes of it ended)"
+            self._sink.lost(job, epoch, why, began=True)
+            return
+        self._sink.exited(job, epoch, status, detail)
+
+    def poll_one(self, job: int, epoch: int) -> None:
+        """The last report of a run that ended."""
+        said = json.loads((self.run_dir(job, epoch) / "progress.json").read_text(encoding="utf-8"))
+        self._sink.progress(job, epoch, float(said["done"]), float(said["total"]))
+
+
+def kill_marked(run: Path) -> int:
+    """Kills every process whose environment names this run, until there is none."""
+    mark = f"INTENTD_RUN={run}".encode()
+    killed = 0
+    for _ in range(10):
+        found = False
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal():
+                continue
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                if mark in environment:
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    found, killed = True, killed + 1
+            except OSError:
+                continue
+        if not found:
+            break
+    return killed

@@ -1,0 +1,351 @@
+"""The turnstile: one change of the books after the other, on disk before anybody acts on it.
+
+Changes wait in a queue; all that wait are applied together, committed in one transaction, and
+only then acknowledged; then the books decide, the decision is committed, and its orders go out. A
+disk that refuses stops acknowledgements and decisions, not the jobs; it is tried again every
+second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+from intentd.core.errors import InputError, IntentdError
+from intentd.core.jobs.allocator import Progress
+from intentd.core.jobs.job import HOLDING, OVER, Event, Instruction, Job, Start, State
+from intentd.core.jobs.ledger import Ledger
+from intentd.core.jobs.predictor import Prediction, Predictor
+from intentd.core.jobs.spec import JobSpec
+from intentd.daemons.gpu.executors import Executor
+from intentd.daemons.gpu.store import JobStore, plain_of
+from intentd.daemons.kit.clock import Clock
+from intentd.daemons.kit.store import StoreError
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_BATCH: Final = 512
+QUEUE: Final = 10_000
+RETRY_S: Final = 1.0
+REFRESH_S: Final = 1.0
+IDLE_S: Final = 60.0
+ISSUED_ALONE: Final = 16  # submissions of one batch that get a play-out each
+PREDICTED_JOBS: Final = 4000  # with more unfinished ones predictions would hold the loop up
+
+
+@dataclass(slots=True)
+class _Change:
+    """apply returns the answer and orders. submitted: jobs it books, withdrawn if not stored."""
+
+    apply: Callable[[Ledger, float], tuple[Any, list[Instruction]]]
+    answer: asyncio.Future[Any] | None
+    cause: str
+    submitted: list[int]
+
+
+class Scheduler:
+    """Owns books, store and predictor. Implements executors.Sink."""
+
+    def __init__(self, ledger: Ledger, store: JobStore, predictor: Predictor, clock: Clock) -> None:
+        self.ledger, self.store, self.predictor = ledger, store, predictor
+        self.executor: Executor | None = None
+        self.counts = {"submitted": 0, "finished": 0, "failed": 0, "cancelled": 0, "starts": 0}
+        self.decide_s = 0.0
+        self.predict_s = 0.0
+        self.finished: list[dict[str, Any]] = []
+        self.changed = asyncio.Condition()
+        self._clock = clock
+        self._offset = clock.wall() - clock.now()
+        self._queue: asyncio.Queue[_Change] = asyncio.Queue(QUEUE)
+        self._unsaved_jobs: dict[int, tuple[Job, dict[str, Any]]] = {}
+        self._unsaved_events: list[Event] = []
+        self._facts: dict[str, Any] = {}
+        self._orders: list[Instruction] = []
+        self._causes: list[str] = []
+        self._refreshed_s = 0.0
+
+    def now(self) -> float:
+        """Wall-clock seconds that do not run backwards while the daemon lives."""
+        return self._offset + self._clock.now()
+
+    # -- changes in ----------------------------------------------------------------------------
+
+    async def change(
+        self, apply: Callable[[Ledger, float], tuple[T, list[Instruction]]], cause: str = ""
+    ) -> T:
+        """The answer, once the change is on disk. Raises what apply raised, or StoreError."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        await self._queue.put(_Change(apply, answer, cause, []))
+        return await answer
+
+    async def submit(self, specs: Sequence[JobSpec]) -> list[Job]:
+        """Books all or none; returns once they are on disk and predicted."""
+        numbers: list[int] = []
+
+        def book(ledger: Ledger, now: float) -> tuple[list[Job], list[Instruction]]:
+            jobs: list[Job] = []
+            try:
+                for spec in specs:
+                    jobs.append(ledger.submit(spec, now))
+            except InputError:
+                for job in jobs:
+                    ledger.withdraw(job.id)
+                raise
+            numbers.extend(job.id for job in jobs)
+            return jobs, []
+
+        answer: asyncio.Future[list[Job]] = asyncio.get_running_loop().create_future()
+        await self._queue.put(_Change(book, answer, "", numbers))
+        return await answer
+
+    def post(
+        self, apply: Callable[[Ledger, float], list[Instruction] | None], cause: str = ""
+    ) -> None:
+        """A change nobody waits for. The executor cannot outrun the queue: it is bounded by the
+        unfinished jobs, so a full queue is a defect and raises."""
+        change = _Change(lambda ledger, now: (None, apply(ledger, now) or []), None, cause, [])
+        self._queue.put_nowait(change)
+
+    def started(self, job: int, epoch: int) -> None:
+        self.post(lambda ledger, now: ledger.started(job, epoch, now))
+
+    def exited(self, job: int, epoch: int, status: int, detail: str) -> None:
+        self.post(
+            lambda ledger, now: ledger.exited(job, epoch, status, now, detail), f"job {job} ended"
+        )
+
+    def lost(self, job: int, epoch: int, why: str, *, began: bool) -> None:
+        self.post(
+            lambda ledger, now: ledger.lost_run(job, epoch, now, why, began=began),
+            f"job {job}: {why}",
+        )
+
+    def progress(self, job: int, epoch: int, done: float, total: float) -> None:
+        self.post(
+            lambda ledger, now: ledger.progress(job, epoch, done, total, now), "measured progress"
+        )
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Takes up what the store says was on its way. Call once, with the executor set."""
+        assert self.executor is not None
+        for job in list(self.ledger.jobs.values()):
+            if job.state not in HOLDING:
+                continue
+            was_stopped = self.ledger.stop_again(job)
+            self.executor.recover(job)
+            if was_stopped is not None:
+                self.executor.stop(was_stopped)
+        self._causes.append("the scheduler was restarted")
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            done = self._apply(await self._take())
+            if not await self._commit():
+                self._refuse(done)
+                continue
+            self._acknowledge(done)
+            began = time.perf_counter()
+            self._orders += self.ledger.decide(self.now())
+            self.decide_s = time.perf_counter() - began
+            self._collect()
+            if await self._commit():
+                self._refresh()
+
+    async def _take(self) -> list[_Change]:
+        """The next changes, or none when a timer is due."""
+        batch: list[_Change] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._patience_s()):
+                batch.append(await self._queue.get())
+        while len(batch) < MAX_BATCH and not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+        return batch
+
+    def _patience_s(self) -> float:
+        if self._unsaved_jobs or self._unsaved_events or self._facts:
+            return RETRY_S
+        due = self.ledger.next_timer()
+        now = self.now()
+        waits = [IDLE_S]
+        if due is not None:
+            waits.append(due - now)
+        if self._causes:
+            waits.append(self._refreshed_s + REFRESH_S - now)
+        return max(0.005, min(waits))
+
+    def _apply(self, batch: list[_Change]) -> list[tuple[_Change, Any]]:
+        """Into the books, in order; those that the books refuse are answered here."""
+        now = self.now()
+        done: list[tuple[_Change, Any]] = []
+        for change in batch:
+            try:
+                result, orders = change.apply(self.ledger, now)
+            except IntentdError as error:
+                if change.answer is None:
+                    raise  # an executor's event that the books forbid: a defect
+                _fail(change.answer, error)
+                continue
+            self._orders += orders
+            done.append((change, result))
+            if change.cause:
+                self._causes.append(change.cause)
+        self._collect()
+        return done
+
+    def _collect(self) -> None:
+        """What changed in the books, as it is now: an order may change it again later."""
+        changed = self.ledger.take_dirty()
+        for job, plain in plain_of(changed):
+            self._unsaved_jobs[job.id] = (job, plain)
+        self._unsaved_events += self.ledger.take_events()
+
+    async def _commit(self) -> bool:
+        """Whether all is on disk; if so, what was ordered is carried out."""
+        if not (self._unsaved_jobs or self._unsaved_events or self._facts or self._orders):
+            return True
+        jobs, events, facts = list(self._unsaved_jobs.values()), self._unsaved_events, self._facts
+        try:
+            await self.store.store.run(lambda _store: self.store.commit(jobs, events, facts))
+        except StoreError as error:
+            _log.error("cannot store", extra={"error": str(error)})
+            return False
+        self._unsaved_jobs, self._unsaved_events, self._facts = {}, [], {}
+        for job, plain in jobs:
+            if plain["state"] in ("finished", "failed", "cancelled"):
+                self._over(job)
+        orders, self._orders = self._orders, []
+        self._carry_out(orders)
+        async with self.changed:
+            self.changed.notify_all()
+        return True
+
+    def _over(self, job: Job) -> None:
+        self.counts[job.state.value] += 1
+        self.predictor.finished(job.id, job.ended_s)
+        record = {
+            "job": job.id,
+            "name": job.spec.name,
+            "owner": job.spec.owner,
+            "state": job.state.value,
+            "submit_s": job.submitted_s,
+            "end_s": job.ended_s,
+            "service_gpu_s": job.worked_gpu_s,
+            "min_gpus": job.spec.min_gpus,
+            "gpus": job.spec.max_gpus,
+        }
+        self.finished = [*self.finished[-1999:], record]
+        _log.info("job over", extra={"job": job.id, "state": job.state.value, "why": job.detail})
+
+    def _acknowledge(self, done: list[tuple[_Change, Any]]) -> None:
+        fresh = [job for change, jobs in done if change.submitted for job in jobs]
+        if fresh:
+            self.counts["submitted"] += len(fresh)
+            self._predict(fresh)
+        for change, result in done:
+            if change.answer is not None and not change.answer.done():
+                change.answer.set_result(result)
+
+    def _refuse(self, done: list[tuple[_Change, Any]]) -> None:
+        """The disk refused: jobs that were not acknowledged are not booked; the rest waits in
+        memory, and is carried out once it is on disk."""
+        text = "; ".join(self.store.store.unready()) or "the store refuses"
+        for change, _ in done:
+            for job in change.submitted:
+                self.ledger.withdraw(job)
+                self._unsaved_jobs.pop(job, None)
+                self._unsaved_events = [e for e in self._unsaved_events if e.job != job]
+            if change.answer is not None:
+                _fail(change.answer, StoreError(text))
+
+    def _carry_out(self, orders: list[Instruction]) -> None:
+        assert self.executor is not None
+        for order in orders:
+            job = self.ledger.jobs.get(order.job)
+            if isinstance(order, Start):
+                assert job is not None
+                self.counts["starts"] += 1
+                self.executor.start(order, job)
+            else:
+                self.executor.stop(order)
+
+    # -- predictions ---------------------------------------------------------------------------
+
+    def _predict(self, fresh: list[Job]) -> None:
+        """The first prediction of new jobs; beyond a few at once they are issued together."""
+        if len(self.ledger.jobs) > PREDICTED_JOBS:
+            return
+        began = time.perf_counter()
+        issued: list[Prediction] = []
+        for job in fresh[:ISSUED_ALONE]:
+            snapshot, keys = self.ledger.snapshot(self.now(), upto=job.id)
+            if keys and keys[-1] == job.id:
+                issued.append(self.predictor.submit(snapshot, keys))
+        self.predict_s = time.perf_counter() - began
+        self._save_predictions(issued)
+        self._causes.append(f"job {fresh[0].id} submitted")
+
+    def _refresh(self) -> None:
+        """Re-issues predictions that moved, at most once a second, with the first causes."""
+        now = self.now()
+        if not self._causes or now - self._refreshed_s < REFRESH_S:
+            return
+        known = list(dict.fromkeys(self._causes))
+        cause = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
+        self._causes, self._refreshed_s = [], now
+        if len(self.ledger.jobs) > PREDICTED_JOBS:
+            return
+        snapshot, keys = self.ledger.snapshot(now)
+        if keys:
+            self._save_predictions(self.predictor.refresh(snapshot, keys, cause))
+
+    def _save_predictions(self, predictions: list[Prediction]) -> None:
+        """Best effort: a prediction that is not on disk is made again after a restart."""
+        if not predictions:
+            return
+        done = asyncio.ensure_future(
+            self.store.store.run(lambda _store: self.store.predicted(predictions))
+        )
+        done.add_done_callback(_heard)
+
+    def what_if(self, spec: JobSpec) -> tuple[Prediction, dict[int, float]]:
+        """The prediction of a job not submitted, and by how many seconds it delays others."""
+        snapshot, keys = self.ledger.snapshot(self.now(), spec)
+        count = len(keys) - 1
+        candidate = snapshot.jobs.take(slice(count, count + 1))
+        columns = {name: getattr(snapshot.progress, name)[:count] for name in Progress.__slots__}
+        before = replace(
+            snapshot, jobs=snapshot.jobs.take(slice(0, count)), progress=Progress(**columns)
+        )
+        found = self.predictor.what_if(before, keys[:-1], candidate)
+        return found.prediction, {int(str(job)): late for job, late in found.delays_s.items()}
+
+    def set_fact(self, name: str, value: Any) -> None:
+        """Stored with the next commit."""
+        self._facts[name] = value
+
+    def state_counts(self) -> dict[str, int]:
+        counts = {state.value: 0 for state in State if state not in OVER}
+        for job in self.ledger.jobs.values():
+            counts[job.state.value] += 1
+        return counts
+
+
+def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+
+
+def _heard(done: asyncio.Future[None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        if not isinstance(error, StoreError):
+            raise error
+        _log.warning("prediction not stored", extra={"error": str(error)})

@@ -80,6 +80,35 @@ def test_a_turn_passes_on(host: Host) -> None:
     assert host.domain.meter.wait[0].max == 1.0
 
 
+def test_the_grant_leaves_before_the_books_are_kept(
+    policy_of_two: Callable[..., DomainPolicy],
+) -> None:
+    """Somebody waits for a GRANT, then other hosts for the outbox, nobody for a histogram."""
+    seen: list[tuple[str, int, int]] = []
+    host = Host(policy_of_two(), changed=lambda domain: note("outbox"))
+
+    def note(what: str) -> None:
+        meter = host.domain.meter
+        counted = sum(histogram.count for histogram in meter.wait.values())
+        seen.append((what, counted, meter.finished))
+
+    class Watched(Peer):
+        def send(self, packet: bytes) -> None:
+            note(type(wire.decode_reply(packet)).__name__)
+
+    a, b = Watched(1), Watched(2)
+    host.say(a, wire.Open(1, 100))
+    host.say(b, wire.Open(1, 100))
+    host.say(a, wire.Done(1, 100))
+    assert seen == [
+        ("Grant", 0, 0), ("outbox", 0, 0),
+        ("outbox", 1, 0), ("Queued", 1, 0),
+        ("Grant", 1, 0), ("outbox", 1, 0),
+    ]  # fmt: skip
+    assert host.domain.meter.wait[0].count == 2
+    assert host.domain.meter.finished == 1
+
+
 def test_announce_passes_the_turn_on_and_marks_the_heir(host: Host) -> None:
     a, b = Peer(1), Peer(2)
     host.say(a, wire.Open(1, 100))

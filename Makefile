@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := src
 
-.PHONY: help up down test test-unit test-real lint format bench reproduce clean venv
+.PHONY: reproduce-prompts help up down test test-unit test-real lint format bench reproduce clean venv
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -59,13 +59,18 @@ format: $(STAMP)  ## rewrite the code in the house format
 bench: $(STAMP)  ## every benchmark (slow)
 	@for b in benchmarks/[a-z]*.py; do m=$$(basename $$b .py); echo "== $$m"; $(BIN)/python -m benchmarks.$$m --json; done
 
-reproduce: reproduce-flows reproduce-pcs  ## every study beside its published figures (slow)
+reproduce: reproduce-flows reproduce-pcs reproduce-prompts  ## every study beside its published figures (slow)
 
 reproduce-flows: $(STAMP)
 	$(BIN)/intentctl testbed run all
 
 reproduce-pcs: $(STAMP) kernel  ## chapter 3's simulations beside their published figures (slow)
 	$(BIN)/python -m intentd.testbed.reproduce_pcs --out results/pcs
+
+LLM_DATA ?= data/llm
+reproduce-prompts: $(STAMP)  ## decisions on recorded outcomes beside published figures (LLM_DATA=DIR)
+	@mkdir -p results
+	$(BIN)/python -m benchmarks.prompts_decisions --data $(LLM_DATA) --json > results/prompts.json
 
 clean:  ## remove what builds and runs left behind
 	rm -rf $(VENV) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,151 @@
+"""Decisions of the prompts application on recorded data, beside published figures.
+
+    python -m benchmarks.prompts_decisions --data data/llm [--only routing,cascade,cache] --json
+
+Everything is learned from the train rows of the files. Thresholds of cascades are chosen on the
+train rows too; the cache's one threshold and the routers' settings were chosen on the dev rows
+that are reported. The data are those of the README in that directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from intentd.controller.search import prompts_cache, prompts_cascade, prompts_routing
+from intentd.controller.search.prompts_data import CachedEmbedder, default_cache, read_rows
+
+WEAK: Final = "Mixtral-8x7B-Instruct-v0.1"
+STRONG: Final = "gpt-4-1106-preview"
+SMALL: Final = "gpt-4o-mini-2024-07-18"
+HAIKU: Final = "claude-3-haiku-20240307"
+LLAMA: Final = "Meta-Llama-3.1-8B-Instruct"
+GEMMA: Final = "gemma-2-2b-it"
+PHI: Final = "Phi-3.5-mini-instruct"
+SONNET: Final = "claude-3-5-sonnet-20241022"
+GPT4O: Final = "gpt-4o-2024-08-06"
+OPUS: Final = "claude-3-opus-20240229"
+# (name, file, compared with, dear model, bar: share of its cost, bar: loss)
+CASCADES: Final = (
+    ("GSM8K, Sonnet", "zeroeval_gsm", (LLAMA, GEMMA), SONNET, 0.22, 0.01),
+    ("GSM8K, GPT-4o", "zeroeval_gsm", (LLAMA, GEMMA), GPT4O, 0.26, 0.01),
+    ("GSM8K, Opus", "zeroeval_gsm", (HAIKU, LLAMA), OPUS, 0.12, 0.01),
+    ("CRUX, Sonnet", "zeroeval_crux", (LLAMA, PHI), SONNET, 0.58, 0.01),
+)
+CACHE_FILES: Final = ("clinc150", "banking77", "alexa_cqr_clusters", "gptcache_mock")
+CACHE_BARS: Final = (0.44, 0.45, 0.64, 0.43)
+# arXiv:2406.18665, tables 1 to 3: best router, (CPT50, CPT80, APGR)
+PUBLISHED_ROUTING: Final = {"mmlu": (0.354, 0.716, 0.603), "gsm8k": (0.336, 0.633, 0.622)}
+ROUTING_BARS: Final = {"mmlu": 0.66, "gsm8k": 0.68}
+# outcomes of other models on the same questions, learned from beside the pair's own
+HELPERS: Final = {"mmlu": (), "gsm8k": ("zeroeval_gsm", "gsm8k_openai2021")}
+
+
+def rows_of(data: Path, part: str, name: str, split: str) -> list[dict[str, Any]]:
+    return read_rows(data / part / f"{name}.jsonl.gz", split=split)
+
+
+def routing(data: Path, embed: Any) -> dict[str, Any]:
+    result = {}
+    for target, helpers in HELPERS.items():
+        names = (f"routellm_{target}", *helpers)
+        train = [row for name in names for row in rows_of(data, "routing", name, "train")]
+        learned = prompts_routing.outcomes_of(train, WEAK, STRONG)
+        test = prompts_routing.outcomes_of(
+            rows_of(data, "routing", names[0], "dev"), WEAK, STRONG, helpers=False
+        )
+        model = prompts_routing.fit_router(learned, embed, weak=WEAK, strong=STRONG)
+        found = prompts_routing.evaluate_routing(model, test, embed)
+        cpt50, cpt80, apgr = PUBLISHED_ROUTING[target]
+        found["published_best"] = {"cpt50": cpt50, "cpt80": cpt80, "apgr": apgr}
+        found["bar_apgr"] = ROUTING_BARS[target]
+        found["met"] = found["apgr"] >= ROUTING_BARS[target]
+        result[target] = found
+        print(f"routing {target}: APGR {found['apgr']}", file=sys.stderr)
+    return result
+
+
+def cascade(data: Path, embed: Any) -> dict[str, Any]:
+    result = {}
+    for name, file, compared, dear, share, loss in CASCADES:
+        train = prompts_cascade.replay_of(
+            rows_of(data, "routing", file, "train"), SMALL, compared, dear
+        )
+        test = prompts_cascade.replay_of(
+            rows_of(data, "routing", file, "dev"), SMALL, compared, dear
+        )
+        model = prompts_cascade.fit_agreement(train)
+        threshold = prompts_cascade.cheapest_threshold(
+            prompts_cascade.doubts(model, train), train, loss
+        )
+        escalated = np.asarray(prompts_cascade.doubts(model, test) >= threshold)
+        found = prompts_cascade.score_cascade(escalated, test)
+        found |= {"m1": SMALL, "compared": list(compared), "m2": dear, "bar_cost_share": share}
+        found["met"] = found["loss"] <= loss and found["cost_share"] <= share
+        result[name] = found
+        print(f"cascade {name}: {found['cost_share']} of the cost", file=sys.stderr)
+    return result
+
+
+def cache(data: Path, embed: Any) -> dict[str, Any]:
+    train = {name: rows_of(data, "cache", name, "train") for name in CACHE_FILES}
+    test = {name: rows_of(data, "cache", name, "dev") for name in CACHE_FILES}
+    model = prompts_cache.fit_gate(train, embed)
+    measured = prompts_cache.measure(model, test, embed, 0)
+    found = prompts_cache.report(measured, prompts_cache.choose_threshold(measured, 0.03))
+    for name, bar in zip(CACHE_FILES, CACHE_BARS, strict=True):
+        found["sets"][name] |= {"bar": bar, "met": found["sets"][name]["hit_rate"] >= bar}
+    print(f"cache: {found['hit_rate']} hits", file=sys.stderr)
+    return found
+
+
+STUDIES: Final[dict[str, Callable[[Path, Any], dict[str, Any]]]] = {
+    "routing": routing,
+    "cascade": cascade,
+    "cache": cache,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, help="directory of recorded data (data/llm)")
+    parser.add_argument("--only", default=",".join(STUDIES), help="studies, comma-separated")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    options = parser.parse_args()
+    names = options.only.split(",")
+    unknown = set(names) - set(STUDIES)
+    if unknown:
+        text = f"--only: got {', '.join(sorted(unknown))}, expected {', '.join(STUDIES)}"
+        print(text, file=sys.stderr)
+        return 2
+    data = options.data or Path("data/llm")
+    if not data.is_dir():
+        # the data are not part of the repository: without --data there is nothing to measure
+        print(f"--data: got {data}, expected a directory", file=sys.stderr)
+        print(json.dumps({"skipped": f"no directory {data}"}))
+        return 2 if options.data else 0
+
+    lazy: list[Any] = []
+
+    def embed(texts: Any) -> Any:
+        from intentd.proxy.minilm import MiniLM
+
+        print(f"embedding {len(texts)} texts", file=sys.stderr)
+        if not lazy:
+            lazy.append(MiniLM())
+        return lazy[0].embed(texts)
+
+    cached = CachedEmbedder(embed, default_cache())
+    result = {name: STUDIES[name](data, cached) for name in names}
+    print(json.dumps(result, indent=None if options.json else 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from intentd.core.flows.policy import ClassPolicy
 from intentd.core.flows.workloads import SizeCdf
 
 MAX_EXPONENT: Final = 600.0  # exp() of more would overflow; no root lies beyond in practice
@@ -30,6 +31,18 @@ def boost_s(size_s: float, gamma_per_s: float) -> float:
     if x < 0.6931471805599453:
         return -math.log(-math.expm1(-x)) / gamma_per_s
     return -math.log1p(-math.exp(-x)) / gamma_per_s
+
+
+def queue_key(cls: ClassPolicy, *, rate_bps: float, arrived: float, size_bytes: float) -> float:
+    """Place of a waiting flow in its class's queue: the smallest key starts first, ties by arrival.
+
+    The one home of the class's order, for the gate and for the turn protocol alike.
+    """
+    if cls.order == "fifo":
+        return arrived
+    if cls.order == "sjf":
+        return float(size_bytes)
+    return arrived - boost_s(size_bytes * 8.0 / rate_bps, cls.boost_gamma_per_s)
 
 
 def solve_gamma(

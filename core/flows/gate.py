@@ -14,7 +14,7 @@ from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple
 
 from intentd.core.errors import InputError, IntentdError, StateError
-from intentd.core.flows.boost import boost_s
+from intentd.core.flows.boost import queue_key
 from intentd.core.flows.policy import UNLIMITED, ClassPolicy, DomainPolicy
 
 ORDERED: Final = ""
@@ -61,7 +61,7 @@ _ANNOUNCED: Final = FlowState.ANNOUNCED
 
 
 class _Flow:
-    __slots__ = ("arrived", "class_index", "flow", "key", "pinned", "sequence", "size", "state")
+    __slots__ = ("arrived", "class_index", "flow", "pinned", "sequence", "size", "state")
 
     def __init__(
         self, flow: int, size: int, class_index: int, pinned: bool, arrived: float, sequence: int
@@ -72,16 +72,14 @@ class _Flow:
         self.pinned = pinned
         self.arrived = arrived
         self.sequence = sequence
-        self.key = arrived
         self.state = _WAITING
 
 
 class _Class:
-    __slots__ = ("announced", "mpl", "order", "queue", "sending", "waiting")
+    __slots__ = ("announced", "mpl", "queue", "sending", "waiting")
 
     def __init__(self, policy: ClassPolicy) -> None:
         self.mpl = math.inf if policy.mpl == UNLIMITED else policy.mpl
-        self.order = policy.order
         # (key, sequence, flow); entries whose flow no longer waits here are skipped when met.
         self.queue: list[tuple[float, int, int]] = []
         self.waiting = 0
@@ -305,14 +303,13 @@ class FlowGate:
         return self._choose(entry.size)
 
     def _enqueue(self, entry: _Flow, cls: _Class) -> None:
-        if cls.order == "fifo":
-            entry.key = entry.arrived
-        elif cls.order == "sjf":
-            entry.key = float(entry.size)
-        else:
-            gamma = self.policy.classes[entry.class_index].boost_gamma_per_s
-            entry.key = entry.arrived - boost_s(entry.size * 8.0 / self.policy.rate_bps, gamma)
-        heappush(cls.queue, (entry.key, entry.sequence, entry.flow))
+        key = queue_key(
+            self.policy.classes[entry.class_index],
+            rate_bps=self.policy.rate_bps,
+            arrived=entry.arrived,
+            size_bytes=entry.size,
+        )
+        heappush(cls.queue, (key, entry.sequence, entry.flow))
         cls.waiting += 1
 
     def _start(self, entry: _Flow, cls: _Class, degraded: str = ORDERED) -> Release:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from intentd.core.flows.boost import boost_s
+from intentd.core.flows.boost import queue_key
 from intentd.core.flows.policy import DomainPolicy
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.ids import Progress
@@ -91,14 +91,12 @@ class Line:
 
     def enqueue(self, entry: Waiting, policy: DomainPolicy) -> None:
         """In the class's local order; a new batch if it does not fit the last one."""
-        cls = policy.classes[self.index]
-        if cls.order == "fifo":
-            key = entry.arrived
-        elif cls.order == "sjf":
-            key = float(entry.size_bytes)
-        else:
-            size_s = entry.size_bytes * 8.0 / policy.rate_bps
-            key = entry.arrived - boost_s(size_s, cls.boost_gamma_per_s)
+        key = queue_key(
+            policy.classes[self.index],
+            rate_bps=policy.rate_bps,
+            arrived=entry.arrived,
+            size_bytes=entry.size_bytes,
+        )
         heappush(self.queue, (key, entry.sequence, entry.flow))
         self.waiting += 1
         if self.batches and self.open_bytes + entry.size_bytes <= policy.batch_bytes:

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intentd.core.flows.boost import boost_s, gamma_of_cdf, gamma_of_sample, solve_gamma
+from intentd.core.flows.boost import (
+    boost_s,
+    gamma_of_cdf,
+    gamma_of_sample,
+    queue_key,
+    solve_gamma,
+)
+from intentd.core.flows.policy import ClassPolicy
 from intentd.core.flows.workloads import WORKLOADS, SizeCdf
 
 
@@ -84,3 +91,13 @@ def test_class_of_a_cdf_without_flows_has_none() -> None:
         cdf, above_bytes=-1, up_to_bytes=1e6, rate_bps=1e9, rate_per_s=1.0, capacity=1.0
     )
     assert gamma is None
+
+
+def test_the_key_of_each_order() -> None:
+    def key(order: str, gamma: float = 0.0) -> float:
+        cls = ClassPolicy(math.inf, 1.0, order=order, boost_gamma_per_s=gamma)
+        return queue_key(cls, rate_bps=8e6, arrived=10.0, size_bytes=500_000)
+
+    assert key("fifo") == 10.0
+    assert key("sjf") == 500_000.0
+    assert key("boost", 3.0) == 10.0 - boost_s(0.5, 3.0)

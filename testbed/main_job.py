@@ -16,6 +16,7 @@ from intentd.testbed.playing import Progress
 from intentd.testbed.report import REPORT_FILE, text_table
 from intentd.testbed.results import Results, over_seeds
 from intentd.testbed.runner import run_experiment, summary
+from intentd.testbed.traffic.congestion import congestion_in_use
 
 WORKLOADS: Final = ("data-mining", "web-search", "cache")
 POLICIES: Final = ("2d", "ps", "fifo")
@@ -47,6 +48,9 @@ async def run(*, root: bool, oneshot: bool, out_dir: Path, progress: Progress) -
     )
     if why_not:
         progress(f"no namespaces ({why_not}): on the loopback, gated and marked but not shaped")
+        congestion = congestion_in_use()
+        if congestion != "cubic":
+            progress(f"cubic is not allowed to this user here: TCP uses {congestion}")
     results = await run_experiment("overall", options, out_dir, progress)
     table = completion_table(results)
     return summary(results, out_dir) | {

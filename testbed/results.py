@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from intentd.core.errors import InputError
 from intentd.testbed.metrics import METRICS, mean_interval
+from intentd.testbed.traffic.congestion import congestion_in_use
 
 RESULTS_FILE: Final = "results.json"
 METRICS_FILE: Final = "metrics.csv"
@@ -142,6 +143,7 @@ def machine_facts() -> dict[str, Any]:
         "cores": os.cpu_count() or 0,
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
+        "congestion_control": congestion_in_use(),
         "default_congestion_control": control.read_text().strip() if control.exists() else "",
     }
 

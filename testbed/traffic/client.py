@@ -27,6 +27,7 @@ from typing import Any, Final
 import uvloop
 
 from intentd.core.errors import InputError
+from intentd.testbed.traffic.congestion import set_congestion
 from intentd.testbed.traffic.gate import Gate, make_gate
 from intentd.testbed.traffic.records import FlowRecord, write_records
 from intentd.testbed.traffic.timerfd import TimerFd
@@ -185,9 +186,7 @@ class Client:
         self._count[server] += 1
         try:
             sock.setblocking(False)
-            if self.plan.congestion:
-                name = self.plan.congestion.encode()
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+            set_congestion(sock, self.plan.congestion)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await self.loop.sock_connect(sock, (host, port))

@@ -21,6 +21,7 @@ from typing import Final
 import uvloop
 
 from intentd.core.errors import WireError
+from intentd.testbed.traffic.congestion import set_congestion
 from intentd.testbed.traffic.counters import ClassCounters
 from intentd.testbed.traffic.wire import REQUEST_BYTES, Request, decode_request
 
@@ -162,9 +163,7 @@ class Server:
             sock = socket.socket(family, socket.SOCK_STREAM)
             self._listeners.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self.plan.congestion:
-                name = self.plan.congestion.encode()
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+            set_congestion(sock, self.plan.congestion)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.bind((host, port))
             sock.listen(1024)

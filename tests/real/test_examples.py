@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -124,3 +125,26 @@ def test_asyncio_service(agent: AdminClient, tmp_path: Path) -> None:
                 assert answer.headers["X-Intentd-Start"] == "ordered"
     finally:
         server.stop()
+
+
+def test_the_first_flow_of_the_readme(agent: AdminClient, tmp_path: Path) -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("    from intentd"))
+    last = next(i for i in range(first, len(lines)) if "flow.send(" in lines[i])
+    program = textwrap.dedent(
+        """
+        import socket
+        server = socket.create_server(("127.0.0.1", 0))
+        sock = socket.create_connection(server.getsockname())
+        data = b"x" * 1000
+        """
+    ) + textwrap.dedent("\n".join(lines[first : last + 1]))
+    done = subprocess.run(
+        [sys.executable, "-c", program + "\nprint(flow.degraded or 'in turn')"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "in turn\n", "")
+    assert agent.call("explain", id="1")["size_bytes"] == 1000

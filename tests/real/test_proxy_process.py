@@ -171,3 +171,39 @@ async def test_stops_in_order(proxy: tuple[Proxy, Provider]) -> None:
         assert await asked == 200
     process, daemon.process = daemon.process, None
     assert await asyncio.to_thread(process.wait, 30) == 0
+
+
+async def test_operated_by_intentctl(proxy: tuple[Proxy, Provider]) -> None:
+    daemon, _ = proxy
+    url = await daemon.start()
+
+    async def ctl(*arguments: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "intentd.daemons.ctl", "prompts", *arguments,
+            env=daemon.env, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode is not None
+        return process.returncode, out.decode()
+
+    code, secret = await ctl("keys", "new", "alice", "--budget", "5/month", "--model", "m")
+    assert code == 0
+    body = {"model": "m", "messages": [{"role": "user", "content": "go"}]}
+    headers = {"Authorization": f"Bearer {secret.strip()}"}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response,
+    ):
+        assert response.status == 200
+    code, text = await ctl("spend", "--json")
+    (account,) = json.loads(text)["accounts"]
+    assert code == 0
+    assert account["account"].startswith("key:alice/nano_dollars/")
+    assert account["spent"] > 0
+    for arguments in (("keys", "list"), ("spend", "--by", "key"), ("models",)):
+        code, text = await ctl(*arguments)
+        assert code == 0
+        assert ("m" if arguments == ("models",) else "alice") in text
+    assert (await ctl("keys", "revoke", "nobody"))[0] == 2
+    assert (await ctl("keys", "revoke", "alice"))[0] == 0
+    assert secret.strip().encode() not in (daemon.base / "log").read_bytes()

@@ -262,12 +262,6 @@ class Controller(Daemon[ControllerConfig]):
         return {"domains": [self.flows.flows(name) for name in names]}
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return await self._admin(command, args)
-        except InputError as error:
-            raise AdminRefusedError(str(error), "bad_request") from None
-
-    async def _admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         match command:
             case "members":
                 _only(args)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from intentd.core.errors import ConfigError, IntentdError
+from intentd.core.errors import ConfigError, InputError, IntentdError
 from intentd.daemons.ctl.output import ExitCode, JsonOption, fail, message, print_json, print_table
 from intentd.daemons.ctl.reach import admin_client, running_roles
 from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
@@ -160,15 +159,39 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """What was decided about a flow, job or request, from which inputs, with what alternatives."""
+    if role and role not in DAEMONS:
+        raise InputError("--role", role, f"one of {', '.join(DAEMONS)}")
     answers: list[str] = []
+    code = ExitCode.UNREACHABLE
     for name in [role] if role else running_roles():
         try:
             answer = admin_client(name).call("explain", id=identifier)
-        except (AdminRefusedError, AdminUnreachableError) as error:
-            answers.append(f"{name}: {error}")
-            continue
-        print_json(answer) if as_json else print(json.dumps(answer, indent=2))
-        return
-    if not answers:
-        fail("no daemon runs here", ExitCode.UNREACHABLE)
-    fail(f"nobody knows {identifier!r}: " + "; ".join(answers))
+        except AdminUnreachableError as error:
+            answers.append(str(error))
+        except AdminRefusedError as error:
+            code = ExitCode.FAILED
+            if error.code != "unknown_command":  # a role that explains nothing
+                answers.append(f"{name}: {error}")
+        else:
+            print_json(answer) if as_json else print_story(answer)
+            return
+    if not answers and code is ExitCode.UNREACHABLE:
+        fail("no daemon runs here", code)
+    fail(f"nobody knows {identifier!r}" + "".join(f"; {line}" for line in answers), code)
+
+
+def print_story(answer: dict[str, Any]) -> None:
+    """What ``explain`` says, for people: a fact a line, tables and lists below their name."""
+    for key, value in answer.items():
+        if isinstance(value, list) and value:
+            print(f"{key}:")
+            for item in value:
+                print(f"  - {_fact(item)}")
+        elif value is not None and value != []:
+            print(f"{key}: {_fact(value)}")
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+    return str(value)

@@ -91,20 +91,9 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """What was decided for a flow, from which inputs, and what else was possible."""
-    from intentd.daemons.ctl.output import print_json
-    from intentd.daemons.ctl.reach import admin_client
+    from intentd.daemons.ctl.daemon import explain as explain_any
 
-    answer = admin_client("agent").call("explain", flow=flow)
-    if as_json:
-        print_json(answer)
-        return
-    for key, value in answer.items():
-        if isinstance(value, list):
-            print(f"{key}:")
-            for line in value:
-                print(f"  - {line}")
-        elif value is not None:
-            print(f"{key}: {value}")
+    explain_any(flow, "agent", as_json)
 
 
 def _seconds(value: float | None) -> str:

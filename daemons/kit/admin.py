@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
-from intentd.core.errors import IntentdError
+from intentd.core.errors import InputError, IntentdError
 from intentd.daemons.kit.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -182,8 +182,9 @@ class AdminServer:
             self._metrics.admin_requests.labels(error.code).inc()
             return _refusal(str(error), error.code)
         except IntentdError as error:
-            self._metrics.admin_requests.labels("refused").inc()
-            return _refusal(str(error), "refused")
+            code = "bad_request" if isinstance(error, InputError) else "refused"
+            self._metrics.admin_requests.labels(code).inc()
+            return _refusal(str(error), code)
         except Exception as error:  # noqa: BLE001  one bad command must not end the daemon
             self._metrics.admin_requests.labels("internal").inc()
             self._metrics.errors.labels("admin").inc()

@@ -103,6 +103,7 @@ def _predict(fields: dict[str, Any], as_json: bool) -> None:
         print_table(("job", "later by"), rows)
 
 
+@app.command("what-if", help="The same as predict: when it would be done, and whom it would delay.")
 @app.command()
 def predict(
     command: CommandArgument = None,
@@ -116,23 +117,6 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """When a job would be done if it were submitted now."""
-    fields = _fields(command, file, name, owner, gpus, size, demand, profile)
-    _predict(fields, as_json)
-
-
-@app.command("what-if")
-def what_if(
-    command: CommandArgument = None,
-    file: FileOption = None,
-    name: NameOption = "",
-    owner: OwnerOption = "",
-    gpus: GpusOption = "",
-    size: SizeOption = "",
-    demand: DemandOption = "",
-    profile: ProfileOption = "",
-    as_json: JsonOption = False,
-) -> None:
-    """The same as predict: when it would be done, and whom it would delay."""
     fields = _fields(command, file, name, owner, gpus, size, demand, profile)
     _predict(fields, as_json)
 

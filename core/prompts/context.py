@@ -109,21 +109,18 @@ class SmartContext:
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
-    """The learned chooser: all that is left, or nothing; no model is asked.
+    """As many recent messages as a learned chooser says; no model is asked.
 
-    needs: the chance, 0 to 1, that the prompt needs these messages. threshold: above it they stay.
+    choose: how many of the messages the prompt needs (`core.prompts.chooser` over their texts).
     """
 
-    needs: Callable[[str, Messages], float]
-    threshold: float
+    choose: Callable[[str, Messages], int]
 
     def apply(self, messages: Messages, prompt: str, notes: list[str], model: str) -> ContextSteps:
-        if not messages:
-            return messages
-        chance = self.needs(prompt, messages)
-        notes.append(f"chooser: needs context with chance {chance:.2f}")
+        kept = min(len(messages), max(0, self.choose(prompt, messages)))
+        notes.append(f"chooser: {kept} of {len(messages)} messages")
         yield from ()
-        return messages if chance > self.threshold else ()
+        return messages[len(messages) - kept :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,3 +170,20 @@ def cascade(
     escalated = study.doubts(model, replay) >= threshold
     result = study.score_cascade(np.asarray(escalated), replay, seed=seed)
     _show({**result, "threshold": round(threshold, 6)}, json)
+
+
+@app.command("context")
+def context(train: TrainOption, test: TestOption, json: JsonOption = False) -> None:
+    """Learn how many messages a turn needs; report tokens, turns with enough, needless ones."""
+    import numpy as np
+
+    from intentd.controller.search import prompts_context as study
+
+    model = study.fit_chooser(study.turns_of(_rows(train, "train")))
+    turns = study.turns_of(_rows([test], "dev"))
+    chances = study.predict(model, turns)
+    found = study.score(turns, chances, model.threshold, model.further)
+    found["last_k"] = {
+        str(k): study.count(turns, np.full(len(turns.needed), k)) for k in (0, 1, 2, 5)
+    }
+    _show(found, json)

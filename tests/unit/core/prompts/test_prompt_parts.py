@@ -14,6 +14,7 @@ from tests.unit.core.prompts.pipeline_driver import Table, conversation, pool
 from intentd.core.errors import InputError
 from intentd.core.prompts import cascade
 from intentd.core.prompts.context import (
+    Chooser,
     LastK,
     Message,
     SmartContext,
@@ -35,6 +36,8 @@ from intentd.core.prompts.models import (
 )
 from intentd.core.prompts.money import Price
 from intentd.core.prompts.service_types import BUILT_IN, get_type, types_from_plain, with_options
+
+FOUR = conversation(4)
 
 
 def names(models: Any) -> list[str]:
@@ -131,6 +134,12 @@ def test_similar_keeps_what_lies_near_most_similar_last() -> None:
     table = Table(embed=lambda text: vectors.get(text[:2], (0.0, 1.0)))
     table.embed = lambda text: (1.0, 0.0) if text == "now?" else vectors.get(text[:2], (0.0, 1.0))
     assert keep({"similar": 0.5}, table) == ["m1", "m5", "m2"]
+
+
+def test_a_chooser_keeps_as_many_as_it_says() -> None:
+    for wanted, kept in ((0, 0), (2, 2), (99, 8)):
+        chosen = Table().drive(Chooser(lambda _p, _m, k=wanted: k).apply(FOUR * 2, "?", [], ""))
+        assert len(chosen) == kept
 
 
 def test_summaries_replace_messages_and_lead_a_union() -> None:

@@ -59,7 +59,7 @@ class Rules:
     hold_growth_s: float = 0.0
 
     def quota(self, owner: str) -> int:
-        return self.quotas.get(owner, self.quotas.get("*", 0))
+        return self.quotas.get(owner, self.quotas.get("*", 0)) if self.quotas else 0
 
 
 @dataclass(slots=True)

@@ -1,0 +1,86 @@
+"""The turnstile with a disk that refuses: one clear error, nothing half done, recovery."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intentd.core.jobs.job import Job, Start, Stop
+from intentd.core.jobs.ledger import Ledger
+from intentd.core.jobs.placement import Node
+from intentd.core.jobs.predictor import Predictor
+from intentd.core.jobs.spec import spec_from_plain
+from intentd.daemons.gpu.scheduler import Scheduler
+from intentd.daemons.gpu.store import JobStore
+from intentd.daemons.kit.clock import SystemClock
+from intentd.daemons.kit.store import StoreError
+
+
+class Recorder:
+    """An executor that only remembers its orders."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+
+    def start(self, order: Start, job: Job) -> None:
+        self.starts.append(order.job)
+
+    def stop(self, order: Stop) -> None: ...
+
+    def recover(self, job: Job) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def forget(self, job: int) -> None: ...
+
+    def output(self, job: int) -> list[Path]:
+        return []
+
+    async def close(self) -> None: ...
+
+
+class Refusing(JobStore):
+    """Refuses while told to, as a full disk does."""
+
+    full = False
+
+    def commit(self, *args: Any) -> None:
+        if self.full:
+            raise StoreError("store gpu.sqlite: database or disk is full")
+        super().commit(*args)
+
+
+async def test_a_full_disk_refuses_submissions_and_starts_nothing(tmp_path: Path) -> None:
+    store, ledger, recorder = Refusing(tmp_path / "db"), Ledger([Node("n", 2)]), Recorder()
+    scheduler = Scheduler(ledger, store, Predictor(), SystemClock())
+    scheduler.executor = recorder
+    spec = spec_from_plain({"command": ["x"], "size_gpu_s": 10})
+    running = asyncio.ensure_future(scheduler.run())
+    try:
+        (first,) = await scheduler.submit([spec])
+        store.full = True
+        with pytest.raises(StoreError):
+            await scheduler.submit([spec])
+        assert list(ledger.jobs) == [first.id]
+        store.full = False
+        (second,) = await scheduler.submit([spec])
+        scheduler.started(first.id, 1)
+        scheduler.exited(first.id, 1, 0, "")
+        async with asyncio.timeout(10), scheduler.changed:
+            await scheduler.changed.wait_for(lambda: scheduler.counts["finished"] == 1)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert recorder.starts == [first.id, second.id]
+    assert [row["id"] for row in store.page(states=[], owner="", name="", before=0, limit=9)] == [
+        second.id,
+        first.id,
+    ]
+    store.store.close()
+    again = JobStore(tmp_path / "db")
+    assert [job.id for job in again.unfinished()] == [second.id]
+    assert again.highest_id() == second.id
+    again.store.close()

@@ -26,12 +26,11 @@ TOKEN_HASH = hashlib.sha256(TOKEN.encode()).hexdigest()
 OVER = {"finished", "failed", "cancelled"}
 # a job that notices when it runs twice at a time
 CAREFUL = """
+exec 9> lock-$INTENTD_JOB_ID
+flock -n 9 || echo $INTENTD_JOB_ID >> twice
 echo $INTENTD_EPOCH >> starts-$INTENTD_JOB_ID
-mkdir lock-$INTENTD_JOB_ID || echo $INTENTD_JOB_ID >> twice
-trap 'rmdir lock-$INTENTD_JOB_ID; exit 0' TERM
 i=0; while [ $i -lt $1 ]; do sleep 0.1; i=$((i+1)); done
 echo done $INTENTD_JOB_ID
-rmdir lock-$INTENTD_JOB_ID
 """
 
 
@@ -48,7 +47,7 @@ class Gpu:
             "[controller]\nenabled = false\n"
             f'[status]\nbind = "127.0.0.1:0"\ntokens = ["{TOKEN_HASH}"]\n'
             '[jobs]\nnodes = [{ name = "a", gpus = 2 }, { name = "b", gpus = 2 }]\n'
-            'policy = "maxmin"\nquotas = { alice = 1 }\n'
+            'policy = "fifo"\nquotas = { alice = 1 }\n'
             "[costs]\nhold_growth_s = 0.3\n"
             "[output]\nmax_bytes = 8192\n"
         )
@@ -175,6 +174,9 @@ async def test_killed_again_and_again_while_jobs_run(gpu: Gpu) -> None:
 
 
 async def test_elastic_jobs_are_resized_through_kills_and_never_run_twice(gpu: Gpu) -> None:
+    gpu.end(signal.SIGTERM)
+    gpu.env["INTENTD_GPU__JOBS__POLICY"] = "maxmin"
+    await gpu.start()
     jobs = [
         await gpu.submit("sh", "-c", CAREFUL, "x", "8", max_gpus=4, size_gpu_s=2.0)
         for _ in range(3)

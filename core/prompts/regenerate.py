@@ -24,7 +24,7 @@ from intentd.core.prompts.context import (
     Union,
 )
 from intentd.core.prompts.models import ModelPool, ModelQuery, ModelSpec, named, ordered
-from intentd.core.prompts.pipeline import Request
+from intentd.core.prompts.request import Request
 from intentd.core.prompts.service_types import (
     CacheStage,
     ContextStage,

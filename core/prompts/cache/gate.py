@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from intentd.core.prompts.cache.lexicon import ENTITIES, NEGATIONS, NUMBER_WORDS, OPPOSITES, stem
-from intentd.core.prompts.pipeline import Verdict
+from intentd.core.prompts.request import Verdict
 from intentd.core.prompts.router import Trees
 
 _WORD: Final = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+(?:[.,:]\d+)*|[^\W\d_]+")

@@ -50,12 +50,16 @@ class Regenerate:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What regenerate needs to know of an answer. rounds: how often it was regenerated before."""
+    """What regenerate needs to know of an answer. rounds: how often it was regenerated before.
+
+    cached: it was a stored one.
+    """
 
     key_id: str
     asked: Asked
     answered_by: str
     rounds: int
+    cached: bool = False
 
     @property
     def size_bytes(self) -> int:

@@ -348,8 +348,9 @@ class Api:
         if before is not None:
             rounds = before.rounds + 1
             previous = Previous(
-                regenerates, before.asked.service_type, before.answered_by, before.rounds
-            )
+                regenerates, before.asked.service_type, before.answered_by, before.rounds,
+                before.cached,
+            )  # fmt: skip
             made, request = regenerate(
                 previous,
                 request,
@@ -387,7 +388,9 @@ class Api:
         kept = native.Asked(asked.service_type, request, asked.options)
         self.memory.keep(
             exchange.request_id,
-            native.Remembered(exchange.key.key_id, kept, answer.trace.answered_by, rounds),
+            native.Remembered(
+                exchange.key.key_id, kept, answer.trace.answered_by, rounds, answer.item is not None
+            ),
         )
         exchange.total_s = self._clock.now() - exchange.started_s
         exchange.status = 200

@@ -61,11 +61,15 @@ class ModelSteps(Steps):
         return up
 
     def model(self, stage: ModelStage) -> Generator[Effect, Outcome, Reply]:
+        if self.request.cached_only:
+            raise PipelineError("only-if-cached, and nothing stored serves", 504, self.trace)
         candidates = self.candidates(stage)
         if self.small_answers is not None:
             first = (self.small_answers,)
             rest = tuple(m for m in candidates if m.name != first[0].name)
-            return (yield from self.first_that_answers((*first, *rest), stream=True))
+            reply = yield from self.first_that_answers((*first, *rest), stream=True)
+            self.count_avoided(candidates, reply)
+            return reply
         if stage.strategy == "verify":
             reply = yield from self.verified(stage, candidates)
         elif stage.strategy == "agree":
@@ -85,6 +89,8 @@ class ModelSteps(Steps):
     def count_avoided(self, candidates: Models, reply: Reply) -> None:
         dearest = ordered("dearest")(candidates)[0]
         most = dearest.price.cost_nano(reply.in_tokens, reply.out_tokens)
+        item = self.trace.cache_item
+        most = max(most, item.cost_nano if item is not None else 0)
         self.trace.avoided_nano = max(0, most - self.trace.cost_nano)
 
     def first_that_answers(
@@ -221,6 +227,7 @@ class ModelSteps(Steps):
         self.extra = ({"role": "system", "content": SHORT_PROMPT},)
         self.cap = min(self.cap, stage.short_tokens)
         reply = yield from self.first_that_answers(candidates, stream=True)
-        if not self.request.bypass:
-            yield Prefetch("better", "quality", self.request.prompt, reply.text)
+        if not self.request.bypass and self.request.store:
+            history = yield from self.history()
+            yield Prefetch("better", "quality", self.request.prompt, reply.text, history)
         return reply

@@ -27,6 +27,9 @@ class Purpose(enum.StrEnum):
     SUMMARIZE = "summarize"
     RELEVANCE = "relevance"
     REWRITE = "rewrite"
+    KEYS = "keys"
+    FOLLOWUPS = "followups"
+    CHECK = "check"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,9 @@ class LookupCache:
     exact: only a key equal to the text (after normalising). kinds: cached types searched, () all.
     min_similarity: cosine. limit: items at most. context_hash: what of the conversation the
     answer depends on; the driver adds tenant, system prompt, tools and format to the scope.
+    model_floor: the least model, by price, whose answers will do. given: objects that an
+    application put are searched too, whatever the scope. max_tokens: longer answers are left out.
+    max_age_s: older ones too.
     """
 
     text: str
@@ -98,17 +104,25 @@ class LookupCache:
     limit: int = 1
     context_hash: str = ""
     model_floor: str = ""
+    given: bool = True
+    max_tokens: int | None = None
+    max_age_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StoreCache:
-    """Keep an answer under typed keys ((cached type, text), ...). Outcome: Done."""
+    """Keep an answer under typed keys ((cached type, text), ...). Outcome: Done.
+
+    cost_nano: what it took to get, so what a hit avoids.
+    """
 
     prompt: str
     response: str
     keys: tuple[tuple[str, str], ...]
     context_hash: str = ""
     model: str = ""
+    cost_nano: int = 0
+    out_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +148,15 @@ class Prefetch:
     """Answer this later, in the background, and cache it. Outcome: Done, at once.
 
     what: "better" (the same prompt by a better model) or "followups" (questions that are likely
-    next, and their answers).
+    next, and their answers). service_type: whose models answer. history: the conversation the
+    prompt came in.
     """
 
     what: str
     service_type: str
     prompt: str
     response: str = ""
+    history: tuple[Message, ...] = ()
 
 
 Effect = CallModel | Together | LookupCache | StoreCache | LoadContext | Embed | Prefetch
@@ -184,7 +200,10 @@ class CallFailed:
 
 @dataclass(frozen=True, slots=True)
 class CacheItem:
-    """One stored object that was found. kind: the cached type whose key matched."""
+    """One stored object that was found. kind: the cached type whose key matched.
+
+    put: an application gave it; it was not made for a request of this scope.
+    """
 
     item_id: str
     kind: str
@@ -196,6 +215,7 @@ class CacheItem:
     age_s: float = 0.0
     model: str = ""
     cost_nano: int = 0
+    put: bool = False
 
 
 @dataclass(frozen=True, slots=True)

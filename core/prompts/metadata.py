@@ -56,6 +56,7 @@ class Trace:
     cache: str = "off"
     cache_reason: str = ""
     cache_item: CacheItem | None = None
+    cache_sources: tuple[str, ...] = ()
     gate_score: float | None = None
     avoided_nano: int = 0
     regenerates: str = ""
@@ -123,11 +124,14 @@ class Trace:
         }
         if self.cache_reason:
             plain["cache"]["reason"] = self.cache_reason
+        if self.cache_sources:
+            plain["cache"]["sources"] = list(self.cache_sources)
         if item is not None:
             plain["cache"] |= {
                 "item": item.item_id,
                 "kind": item.kind,
                 "similarity": round(item.similarity, 4),
+                "model": item.model,
                 "age_s": round(item.age_s, 1),
                 "source": item.source,
                 "gate_score": None if self.gate_score is None else round(self.gate_score, 4),
@@ -157,7 +161,8 @@ class Trace:
         if self.cache_item is not None:
             values["Cache-Item"] = self.cache_item.item_id
             values["Cache-Similarity"] = f"{self.cache_item.similarity:.4f}"
-            values["Age"] = int(self.cache_item.age_s)
+            values["Cache-Age"] = int(self.cache_item.age_s)
+            values["Cache-Source"] = self.cache_item.source
         if self.verifier_score is not None:
             values["Verifier-Score"] = self.verifier_score
         if self.escalated is not None:

@@ -25,6 +25,7 @@ from intentd.core.prompts.service_types import (
     CacheStage,
     ContextStage,
     ModelStage,
+    PrefetchStage,
     ServiceType,
     StoreStage,
 )
@@ -56,11 +57,11 @@ class _Run(CacheSteps):
     def run(self) -> Pipeline:
         text, item = "", None
         for stage in self.type.stages:
+            if item is not None and not isinstance(stage, PrefetchStage):
+                continue  # answered; what is likely next is prefetched after hits too
             if isinstance(stage, CacheStage):
                 item = yield from self.cache(stage)
-                if item is not None:
-                    text = item.response
-                    break
+                text = item.response if item is not None else ""
             elif isinstance(stage, ContextStage):
                 yield from self.context(stage)
             elif isinstance(stage, ModelStage):
@@ -70,7 +71,7 @@ class _Run(CacheSteps):
             elif isinstance(stage, StoreStage):
                 yield from self.store(stage)
             else:
-                yield from self.prefetch(stage)
+                yield from self.prefetch(stage, text)
         joins = self.request.conversation if self.updates else ""
         context_stage = self.type.stage(ContextStage)
         if item is not None and context_stage is not None and not context_stage.updates:

@@ -2,7 +2,8 @@
 
 Same type: one step towards quality on every component. Another type: that pipeline as it is. In
 both the replaced answer leaves the context, the cache is not asked, and no model cheaper than the
-one that answered may answer again.
+one that answered may answer again. After a fast answer the cache is asked, for the better one that
+was prefetched behind it.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ MAX_ROUNDS: Final = 8
 class Previous:
     """The answer that is to be replaced. rounds: how often it has been regenerated before.
 
-    answered_by: the model of the last answer ("" when a stored one was served).
+    answered_by: the model of the last answer. cached: that answer was a stored one.
     """
 
     request_id: str
     service_type: str
     answered_by: str = ""
     rounds: int = 0
+    cached: bool = False
 
 
 def regenerate(
@@ -65,12 +67,18 @@ def regenerate(
         raise InputError("regenerate", previous.rounds + 1, f"at most {MAX_ROUNDS} rounds")
     wanted = service_type or previous.service_type
     made = get_type(types, wanted)
+    lookup = False
     if wanted == previous.service_type:
+        lookup = made.stage(ModelStage).strategy == "fast" and not (
+            previous.rounds or previous.cached
+        )
         made = escalate(made, pool, previous.answered_by, previous.rounds + 1)
+        if lookup:
+            made = replace(made, stages=(CacheStage("exact"), *made.stages))
     changed = replace(
         request,
         replaces=(*request.replaces, previous.request_id),
-        lookup=False,
+        lookup=lookup,
         floor=previous.answered_by if previous.answered_by in pool else "",
     )
     return made, changed

@@ -75,9 +75,9 @@ class Request:
     prompt: the text of this turn. turn: its chat messages as they came (() makes one of the
     prompt). history: messages the client sent itself; they are the conversation then, and the
     stored one is not loaded. conversation: its name, "" for a stateless client. bypass: why the
-    cache is left alone, "" if it is not. lookup, store: off by Cache-Control. floor: the least
-    model by price (a second answer is never cheaper). replaces: ids of messages left out.
-    needs: capabilities.
+    cache is left alone, "" if it is not. lookup, store, max_age_s, cached_only: Cache-Control's
+    no-cache, no-store, max-age and only-if-cached. floor: the least model by price (a second
+    answer is never cheaper). replaces: ids of messages left out. needs: capabilities.
     """
 
     prompt: str
@@ -91,6 +91,8 @@ class Request:
     bypass: str = ""
     lookup: bool = True
     store: bool = True
+    max_age_s: float | None = None
+    cached_only: bool = False
     floor: str = ""
     replaces: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from intentd.proxy.store import cache_sqlite
+
 MIGRATIONS: Final = (
     """
     CREATE TABLE keys(
@@ -41,6 +43,7 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX messages_conversation ON messages(key, conversation, number);
     """,
+    cache_sqlite.MIGRATION,
 )
 
 WRITE_ACCOUNT: Final = (

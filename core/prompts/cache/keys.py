@@ -30,9 +30,17 @@ def context_hash(messages: Iterable[Message]) -> str:
         count += 1
         _add(digest, message.prompt)
         _add(digest, message.response)
-        if message.chat:
+        if message.chat and not _is_plain(message):
             _add(digest, _canonical(list(message.chat)))
     return digest.hexdigest() if count else ""
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether the chat says no more than the two texts: a client's own history then hashes like
+    the same conversation kept here."""
+    return len(message.chat) <= 2 and [
+        (one.get("role"), one.get("content"), bool(one.get("tool_calls"))) for one in message.chat
+    ] == [("user", message.prompt, False), ("assistant", message.response, False)]
 
 
 def scope_hash(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Final
 
 from intentd.core.prompts.answering import ModelSteps
 from intentd.core.prompts.cache.keys import context_hash
+from intentd.core.prompts.context import NOTHING, LastK, Narrow
 from intentd.core.prompts.effects import (
     CacheFound,
     CacheItem,
@@ -18,8 +20,16 @@ from intentd.core.prompts.effects import (
     Reply,
     StoreCache,
 )
+from intentd.core.prompts.models import ordered
 from intentd.core.prompts.request import Verdict
-from intentd.core.prompts.service_types import CacheStage, PrefetchStage, StoreStage
+from intentd.core.prompts.service_types import (
+    HIGHLY_SIMILAR,
+    CacheStage,
+    ContextStage,
+    ModelStage,
+    PrefetchStage,
+    StoreStage,
+)
 
 RELEVANCE_TOKENS: Final = 8
 SHOWN_CHARS: Final = 4000
@@ -49,38 +59,76 @@ class CacheSteps(ModelSteps):
             trace.cache, trace.cache_reason = "bypass", request.bypass or "no-cache"
             return None
         trace.cache = "miss"
-        scope = context_hash((yield from self.history()))
-        found = yield LookupCache(
-            request.prompt, exact=True, context_hash=scope, model_floor=request.floor
+        lookup = LookupCache(
+            request.prompt,
+            exact=True,
+            context_hash=(yield from self.scope()),
+            model_floor=self.least_model(),
+            max_tokens=request.max_tokens,
+            max_age_s=request.max_age_s,
         )
+        # what an application put depends on no conversation and no format of the answer
+        as_it_is = not lookup.context_hash and not request.params.get("response_format")
+        found = yield replace(lookup, given=as_it_is)
         if isinstance(found, CacheFound) and found.items:
             return self.hit("exact", found.items[0], 1.0)
         if stage.mode == "exact":
             return None
-        found = yield LookupCache(
-            request.prompt,
+        smart = stage.mode == "smart" and not request.cached_only
+        found = yield replace(
+            lookup,
+            exact=False,
             kinds=stage.kinds,
             min_similarity=stage.min_similarity,
             limit=stage.limit,
-            context_hash=scope,
-            model_floor=request.floor,
+            given=as_it_is or smart,
         )
         items = found.items if isinstance(found, CacheFound) else ()
         for item in items:
-            if item.kind != "prompt" and stage.mode == "smart":
+            if (item.kind != "prompt" and stage.mode == "smart") or (item.put and not as_it_is):
                 continue
             verdict = self.judge(item)
             if verdict.hit:
                 return self.hit("semantic", item, verdict.score)
             trace.cache_reason = verdict.reason
-        if stage.mode == "smart" and items:
+        if smart and items:
             return (yield from self.smart(stage, items))
         return None
+
+    def scope(self) -> Generator[Effect, Outcome, str]:
+        """Hash of the messages an answer of this type depends on; "" when it sees none."""
+        stage = self.type.stage(ContextStage)
+        filters = stage.filters if stage is not None else NOTHING
+        if isinstance(filters, Narrow):  # the first of them already bounds what the others see
+            filters = filters.filters[0]
+        if filters == NOTHING:
+            return ""
+        messages = yield from self.history()
+        if isinstance(filters, LastK) and filters.k is not None:
+            messages = messages[max(0, len(messages) - filters.k) :]
+        return context_hash(messages)
+
+    def least_model(self) -> str:
+        """The least model whose stored answer will do: the least that would answer now.
+
+        Whether it is up does not matter: what is stored may be served while all models are down.
+        """
+        if self.request.floor:
+            return self.request.floor
+        stage = self.type.stage(ModelStage)
+        models = stage.models(self.allowed())
+        if stage.strategy in ("verify", "agree", "route"):
+            if stage.first:
+                return str(stage.first)
+            models = ordered("cheapest")(models)
+        elif not stage.models.names and not stage.models.order:
+            return ""
+        return models[0].name if models else ""
 
     def judge(self, item: CacheItem) -> Verdict:
         if self.env.gate is None:
             # nothing but the cosine to go by: only what the chapter calls highly similar
-            return Verdict(item.similarity >= 0.95, item.similarity, "similarity")
+            return Verdict(item.similarity >= HIGHLY_SIMILAR, item.similarity, "similarity")
         return self.env.gate.judge(self.request.prompt, item.key, item.similarity)
 
     def hit(self, result: str, item: CacheItem, score: float) -> CacheItem:
@@ -98,9 +146,7 @@ class CacheSteps(ModelSteps):
         small = self.small_model(stage.small)
         if small is None:
             return None
-        shown = "\n\n".join(
-            f"[{number}] {item.response[:SHOWN_CHARS]}" for number, item in enumerate(items, 1)
-        )
+        shown = "\n\n".join(_shown(number, item) for number, item in enumerate(items, 1))
         outcome = yield from self.call(
             small,
             (
@@ -114,7 +160,8 @@ class CacheSteps(ModelSteps):
         if word == "NONE":
             self.trace.cache_reason = "not relevant"
             return None
-        if word == "SAME" and items[0].kind in ("prompt", "question"):
+        same_format = not self.request.params.get("response_format")
+        if word == "SAME" and items[0].kind in ("prompt", "question") and same_format:
             return self.hit("as_is", items[0], items[0].similarity)
         result = "rewritten" if word in ("SAME", "REWRITE") else "answered_from"
         self.hit(result, items[0], items[0].similarity)
@@ -123,6 +170,10 @@ class CacheSteps(ModelSteps):
             if result == "rewritten"
             else USE_PROMPT + shown
         )
+        if result == "answered_from":
+            self.trace.cache_sources = tuple(
+                dict.fromkeys(one.source for one in items if one.source)
+            )
         self.extra = ({"role": "system", "content": content},)
         self.small_answers = small
         return None
@@ -135,12 +186,25 @@ class CacheSteps(ModelSteps):
             return
         texts = {"prompt": request.prompt, "response": reply.text}
         keys = tuple((kind, texts[kind]) for kind in stage.keys)
-        scope = context_hash((yield from self.history()))
-        yield StoreCache(request.prompt, reply.text, keys, scope, reply.model)
+        yield StoreCache(
+            request.prompt,
+            reply.text,
+            keys,
+            (yield from self.scope()),
+            reply.model,
+            self.trace.cost_nano,
+            reply.out_tokens,
+        )
 
-    def prefetch(self, stage: PrefetchStage) -> Generator[Effect, Outcome, None]:
-        if self.reply is not None and not self.request.bypass:
-            yield Prefetch(stage.what, stage.service_type, self.request.prompt, self.reply.text)
+    def prefetch(self, stage: PrefetchStage, text: str) -> Generator[Effect, Outcome, None]:
+        if text.strip() and not self.request.bypass and self.request.store:
+            history = yield from self.history()
+            yield Prefetch(stage.what, stage.service_type, self.request.prompt, text, history)
+
+
+def _shown(number: int, item: CacheItem) -> str:
+    source = f" (from {item.source})" if item.source else ""
+    return f"[{number}]{source} {item.response[:SHOWN_CHARS]}"
 
 
 def relevance_word(text: str) -> str:

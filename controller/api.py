@@ -1,6 +1,7 @@
 """The controller's HTTP routes, read only, beside the kit's on the status endpoint.
 
-/api/members, /api/policies, /api/policies/{number}, /api/domains, /api/flows: JSON for programs.
+/api/members, /api/policies, /api/policies/{number}, /api/domains, /api/flows, /api/jobs,
+/api/jobs/front: JSON for programs. Policies take application=jobs.
 /console/... belongs to the operator's console; nothing else may be mounted there.
 """
 
@@ -21,9 +22,13 @@ class Source(Protocol):
 
     def members(self) -> list[dict[str, Any]]: ...
 
-    def policies_page(self, limit: int) -> dict[str, Any]: ...
+    def policies_page(self, limit: int, application: str = ...) -> dict[str, Any]: ...
 
-    def policy(self, number: int | None) -> dict[str, Any]: ...
+    def policy(self, number: int | None, application: str = ...) -> dict[str, Any]: ...
+
+    def jobs_page(self) -> dict[str, Any]: ...
+
+    def front_page(self) -> dict[str, Any]: ...
 
     def domains_page(self) -> dict[str, Any]: ...
 
@@ -42,6 +47,8 @@ class Api:
         app.router.add_get("/api/policies/{number:[0-9]{1,15}}", self._policy)
         app.router.add_get("/api/domains", self._domains)
         app.router.add_get("/api/flows", self._flows)
+        app.router.add_get("/api/jobs", self._jobs)
+        app.router.add_get("/api/jobs/front", self._front)
 
     async def _members(self, _request: web.Request) -> web.Response:
         return json_response({"members": self._source.members()})
@@ -50,11 +57,12 @@ class Api:
         text = request.query.get("limit", "100")
         if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_PAGE:
             raise InputError("limit", text[:20], f"1 to {MAX_PAGE}")
-        return json_response(self._source.policies_page(int(text)))
+        return json_response(self._source.policies_page(int(text), _application(request)))
 
     async def _policy(self, request: web.Request) -> web.Response:
         try:
-            return json_response(self._source.policy(int(request.match_info["number"])))
+            number = int(request.match_info["number"])
+            return json_response(self._source.policy(number, _application(request)))
         except InputError as error:
             return json_response({"error": str(error)}, 404)
 
@@ -63,3 +71,19 @@ class Api:
 
     async def _flows(self, request: web.Request) -> web.Response:
         return json_response(self._source.flows_page(request.query.get("domain")))
+
+    async def _jobs(self, _request: web.Request) -> web.Response:
+        return json_response(self._source.jobs_page())
+
+    async def _front(self, _request: web.Request) -> web.Response:
+        try:
+            return json_response(self._source.front_page())
+        except InputError as error:
+            return json_response({"error": str(error)}, 404)
+
+
+def _application(request: web.Request) -> str:
+    name = request.query.get("application", "flows")
+    if name not in ("flows", "jobs"):
+        raise InputError("application", name[:40], "flows or jobs")
+    return name

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
 
 from pydantic import Field, model_validator
 
-from intentd.core.errors import ConfigError
+from intentd.core.errors import ConfigError, InputError
 from intentd.core.flows.assemble import DomainSettings
 from intentd.core.flows.learning import LearnSettings
-from intentd.daemons.kit.config import CommonConfig, Duration, HubSection, Rate, Section, Size
+from intentd.core.jobs.history import HistorySettings
+from intentd.core.jobs.metrics import parse_objectives
+from intentd.core.jobs.policy import NAMES
+from intentd.daemons.kit.config import (
+    CommonConfig,
+    Duration,
+    HubSection,
+    Rate,
+    Section,
+    Size,
+    validate,
+)
 
 
 class DomainSection(Section):
@@ -147,6 +159,82 @@ class FlowsSection(Section):
         )
 
 
+class JobsSection(Section):
+    """Scheduling of GPU jobs: when trade-offs are searched, how, and for how long."""
+
+    bootstrap: str = Field(
+        default="fifo", description="First policy, before any front: " + ", ".join(NAMES) + "."
+    )
+    objectives: tuple[str, ...] = Field(
+        default=("jct:avg", "prederr:avg"),
+        description="metric:measure of the trade-offs; metrics jct, prederr, unfairness; measures "
+        "avg, p99 and the like. An operator's preference goes before them.",
+    )
+    search: bool = Field(
+        default=True,
+        description="Search a front by itself: after bootstrap, changes, growth and the interval.",
+    )
+    front_interval_s: Duration = Field(
+        default=86_400.0, description="Seconds between two searches if nothing changed.", gt=0
+    )
+    min_jobs: int = Field(default=200, description="Jobs known before the first search.", ge=20)
+    window_jobs: int = Field(
+        default=10_000, description="Newest jobs of a scheduler that are kept.", ge=200, le=100_000
+    )
+    evaluations: int = Field(
+        default=1000, description="Evaluations of a search.", ge=1, le=1_000_000
+    )
+    seconds: Duration = Field(
+        default=300.0, description="A search stops after so long with what it has.", gt=0, le=86_400
+    )
+    algorithm: str = Field(
+        default="spea2", description="spea2 or nsga2.", pattern="^(spea2|nsga2)$"
+    )
+    space: str = Field(
+        default="direct",
+        description="direct (thresholds and weights) or wfq (T, W, zeta, delta).",
+        pattern="^(direct|wfq)$",
+    )
+    samples: int = Field(
+        default=3, description="Resampled training histories a point is tried on.", ge=1, le=100
+    )
+    sample_jobs: int = Field(
+        default=1000, description="Jobs of a training history.", ge=20, le=100_000
+    )
+    workers: int = Field(
+        default=1, description="Processes of a search, beside its own; niced.", ge=1, le=256
+    )
+    history_interval_s: Duration = Field(
+        default=5.0, description="Seconds between two looks at the history.", gt=0, le=3600
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> JobsSection:
+        if self.bootstrap not in NAMES:
+            raise ConfigError("bootstrap", self.bootstrap, f"one of {', '.join(NAMES)}")
+        parse_objectives(",".join(self.objectives))
+        return self
+
+    def history(self) -> HistorySettings:
+        return HistorySettings(window_jobs=self.window_jobs, min_jobs=self.min_jobs)
+
+    def checked(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of one search, given by an operator. Raises InputError."""
+        for name in changed:
+            if name not in SEARCH_SETTINGS:
+                raise InputError(
+                    str(name)[:60], changed[name], f"one of {', '.join(SEARCH_SETTINGS)}"
+                )
+        given = {name: value for name, value in changed.items() if value is not None}
+        section = validate(JobsSection, {**self.model_dump(exclude_unset=True), **given})
+        return {name: getattr(section, name) for name in given}
+
+
+SEARCH_SETTINGS: Final = (
+    "evaluations", "seconds", "algorithm", "space", "samples", "sample_jobs", "workers",
+)  # fmt: skip
+
+
 class ControllerConfig(CommonConfig):
     """Everything in controller.toml."""
 
@@ -154,3 +242,4 @@ class ControllerConfig(CommonConfig):
 
     hub: HubSection = Field(default=HubSection(), description="Where members connect.")
     flows: FlowsSection = Field(default=FlowsSection(), description="Scheduling of network flows.")
+    jobs: JobsSection = Field(default=JobsSection(), description="Scheduling of GPU jobs.")

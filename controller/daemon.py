@@ -1,7 +1,7 @@
 """intentd-controller: who is there, what they measure, what they shall do.
 
-A thin shell: the link's callbacks feed the registry and the flows application, timers let it
-compute, what it issues is published. HTTP: /api/... (read only) beside the kit's endpoints.
+A thin shell: the link's callbacks feed the registry and the applications (flows, jobs), timers let
+them compute, what they issue is published. HTTP: /api/... (read only) beside the kit's endpoints.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Any, ClassVar, Final
 
 from aiohttp import web
 
+from intentd.controller import flows_app, jobs_app
 from intentd.controller.api import Api
 from intentd.controller.application import ApplicationTimers
 from intentd.controller.config import ControllerConfig
-from intentd.controller.flows_app import APPLICATION, FlowsApplication, differences
+from intentd.controller.flows_app import APPLICATION, FlowsApplication
+from intentd.controller.jobs_admin import JobsAdmin, author_of, integer, only
+from intentd.controller.jobs_app import JobsApplication
 from intentd.controller.metrics import ControllerMetrics
 from intentd.controller.policies import MIGRATIONS, PolicyBook, StoredPolicy
 from intentd.controller.registry import Registry, member_plain
@@ -33,6 +36,7 @@ _log = logging.getLogger(__name__)
 STORE: Final = "controller.sqlite3"
 WITNESS: Final = "controller.newest"
 PROBE_INTERVAL_S: Final = 10.0
+APPLICATIONS: Final = (flows_app.APPLICATION, jobs_app.APPLICATION)
 
 
 class Controller(Daemon[ControllerConfig]):
@@ -56,8 +60,10 @@ class Controller(Daemon[ControllerConfig]):
         )
         self._store: Store | None = None
         self._flows: FlowsApplication | None = None
+        self._jobs: JobsApplication | None = None
         self._book: PolicyBook | None = None
         self._timers: ApplicationTimers[Any, Any, Any, Any] | None = None
+        self._jobs_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -68,7 +74,10 @@ class Controller(Daemon[ControllerConfig]):
             self._store,
             witness=config.run_dir / WITNESS,
             wall=kit.clock.wall,
-            differences=differences,
+            differences={
+                flows_app.APPLICATION: flows_app.differences,
+                jobs_app.APPLICATION: jobs_app.differences,
+            },
         )
         self._flows = FlowsApplication(
             config.flows,
@@ -84,10 +93,22 @@ class Controller(Daemon[ControllerConfig]):
             thresholds_interval_s=config.flows.thresholds_interval_s,
             rates_interval_s=config.flows.rates_interval_s,
         )
-        if self._flows.newest is not None:
-            self.hub.publish(self._flows.newest.message())
+        self._jobs = JobsApplication(
+            config.jobs, kit.clock, self._store, self._book, on_issue=self._issued
+        )
+        self._jobs_timers = ApplicationTimers(
+            self._jobs,
+            kit.clock,
+            thresholds_interval_s=config.jobs.history_interval_s,
+            rates_interval_s=config.jobs.history_interval_s,
+        )
+        for newest in (self._flows.newest, self._jobs.newest):
+            if newest is not None:
+                self.hub.publish(newest.message())
         await self.hub.start(tasks)
         tasks.create_task(self._timers.run(), name="flows-timers")
+        tasks.create_task(self._jobs_timers.run(), name="jobs-timers")
+        tasks.create_task(self._jobs.run(), name="jobs-search")
         tasks.create_task(self._watch(), name="watch")
 
     async def reload(self, config: ControllerConfig) -> None:
@@ -99,6 +120,12 @@ class Controller(Daemon[ControllerConfig]):
             rates_interval_s=config.flows.rates_interval_s,
         )
         self.timers.wake()
+        async with self.jobs_timers.lock:
+            self.jobs.reconfigure(config.jobs)
+        self.jobs_timers.set_intervals(
+            thresholds_interval_s=config.jobs.history_interval_s,
+            rates_interval_s=config.jobs.history_interval_s,
+        )
 
     async def stop(self) -> None:
         await self.hub.stop()
@@ -112,6 +139,16 @@ class Controller(Daemon[ControllerConfig]):
     def flows(self) -> FlowsApplication:
         assert self._flows is not None, "before start"
         return self._flows
+
+    @property
+    def jobs(self) -> JobsApplication:
+        assert self._jobs is not None, "before start"
+        return self._jobs
+
+    @property
+    def jobs_timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
+        assert self._jobs_timers is not None, "before start"
+        return self._jobs_timers
 
     @property
     def book(self) -> PolicyBook:
@@ -136,7 +173,9 @@ class Controller(Daemon[ControllerConfig]):
         connected = sum(member.connected for member in members)
         self.metrics.members.labels("connected").set(connected)
         self.metrics.members.labels("away").set(len(members) - connected)
-        self.metrics.held.labels(APPLICATION).set(self.book.hold(APPLICATION) is not None)
+        for application in APPLICATIONS:
+            self.metrics.held.labels(application).set(self.book.hold(application) is not None)
+        self.metrics.measure_jobs(self.jobs.describe())
         for name, domain in self.flows.domains.items():
             self.metrics.changes.labels(name).set(domain.learner.changes)
             self.metrics.classes.labels(name).set(
@@ -150,17 +189,23 @@ class Controller(Daemon[ControllerConfig]):
         if self.registry.hello(member) and member.role == "agent":
             self.flows.member_restarted(member.key)
         self._compare_numbers(member)
-        if member.role != "agent":
-            return
         try:
-            if self.flows.note_domains(member.key, member.capabilities):
-                self.timers.wake()
+            if member.role == "agent":
+                if self.flows.note_domains(member.key, member.capabilities):
+                    self.timers.wake()
+            elif member.role == "gpu" and self.jobs.note_cluster(member.key, member.capabilities):
+                self.jobs_timers.wake()
         except InputError as error:
             self._bad(member, error)
 
     def _report(self, member: Member, report: Report) -> None:
         self.registry.report(member, report.sequence)
         self._compare_numbers(member)
+        if "jobs" in report.body and member.role == "gpu":
+            try:
+                self.jobs.take_report(member.key, report.body["jobs"])
+            except InputError as error:
+                self._bad(member, error)
         if "flows" not in report.body or member.role != "agent":
             return
         try:
@@ -181,9 +226,10 @@ class Controller(Daemon[ControllerConfig]):
         self.flows.member_gone(member.key)
 
     def _compare_numbers(self, member: Member) -> None:
-        numbers = member.policies.get(APPLICATION)
-        if numbers is not None:
-            self.flows.seen(numbers[0], numbers[1], f"{member.role}@{member.name}")
+        for application in (self.flows, self.jobs):
+            numbers = member.policies.get(application.name)
+            if numbers is not None:
+                application.seen(numbers[0], numbers[1], f"{member.role}@{member.name}")
 
     def _bad(self, member: Member, error: InputError) -> None:
         self.metrics.bad_reports.inc()
@@ -212,6 +258,7 @@ class Controller(Daemon[ControllerConfig]):
             "held": None if hold is None else {"number": hold.number, "author": hold.author},
             "members": self.members(),
             "domains": [self.flows.describe(name) for name in sorted(self.flows.domains)],
+            "jobs": self.jobs.describe(),
         }
 
     def members(self) -> list[dict[str, Any]]:
@@ -221,34 +268,35 @@ class Controller(Daemon[ControllerConfig]):
             for member in self.hub.members()
         ]
 
-    def policies_page(self, limit: int) -> dict[str, Any]:
+    def policies_page(self, limit: int, application: str = APPLICATION) -> dict[str, Any]:
         """Newest first, without bodies."""
-        hold = self.book.hold(APPLICATION)
+        hold = self.book.hold(application)
         return {
             "era": self.book.era,
             "held": None
             if hold is None
             else {"number": hold.number, "since_wall_s": hold.since_wall_s, "author": hold.author},
             "policies": [
-                policy.to_plain(whole=False) for policy in self.book.history(APPLICATION, limit)
+                policy.to_plain(whole=False) for policy in self.book.history(application, limit)
             ],
         }
 
-    def policy(self, number: int | None) -> dict[str, Any]:
+    def policy(self, number: int | None, application: str = APPLICATION) -> dict[str, Any]:
         """One policy whole, with who runs it; None: the newest. Raises InputError."""
-        found = self.flows.newest if number is None else self.book.get(APPLICATION, number)
+        newest = self.jobs.newest if application == jobs_app.APPLICATION else self.flows.newest
+        found = newest if number is None else self.book.get(application, number)
         if found is None:
             raise InputError("number", number, "a policy: none was issued yet")
         plain = found.to_plain(whole=True)
         pair = [found.era, found.number]
         plain["run_by"] = [
-            f"{m.role}/{m.name}" for m in self.hub.members() if m.policies.get(APPLICATION) == pair
+            f"{m.role}/{m.name}" for m in self.hub.members() if m.policies.get(application) == pair
         ]
         plain["refused_by"] = [
             {"member": f"{m.role}/{m.name}", "reason": ack.reason}
             for m in self.hub.members()
-            for ack in m.acks.values()
-            if not ack.applied and [ack.era, ack.number] == pair
+            for name, ack in m.acks.items()
+            if name == application and not ack.applied and [ack.era, ack.number] == pair
         ]
         return plain
 
@@ -261,65 +309,72 @@ class Controller(Daemon[ControllerConfig]):
         names = sorted(self.flows.domains) if domain is None else [domain]
         return {"domains": [self.flows.flows(name) for name in names]}
 
+    def jobs_page(self) -> dict[str, Any]:
+        return self.jobs.describe()
+
+    def front_page(self) -> dict[str, Any]:
+        return self.jobs.show_front()
+
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         match command:
             case "members":
-                _only(args)
+                only(args)
                 return {"members": self.members()}
             case "domains":
-                _only(args)
+                only(args)
                 return self.domains_page()
             case "flows":
-                _only(args, "domain")
+                only(args, "domain")
                 return self.flows_page(args.get("domain"))
             case "policy_list":
-                _only(args, "limit")
-                return self.policies_page(_integer(args, "limit", 20))
+                only(args, "limit", "application")
+                return self.policies_page(integer(args, "limit", 20), _application(args))
             case "policy_show":
-                _only(args, "number")
+                only(args, "number", "application")
                 number = args.get("number")
-                return self.policy(None if number is None else _integer(args, "number", 0))
+                return self.policy(
+                    None if number is None else integer(args, "number", 0), _application(args)
+                )
             case "policy_set":
-                _only(args, "document", "author")
+                only(args, "document", "author")
                 async with self.timers.lock:
-                    issued = await self.flows.set_policy(args.get("document"), author=_author(args))
+                    issued = await self.flows.set_policy(
+                        args.get("document"), author=author_of(args)
+                    )
                 return {"issued": None if issued is None else issued.to_plain(whole=False)}
             case "policy_rollback":
-                _only(args, "number", "author")
-                async with self.timers.lock:
-                    issued = await self.flows.rollback(
-                        _integer(args, "number", None), author=_author(args)
-                    )
+                only(args, "number", "author", "application")
+                number = integer(args, "number", None)
+                application, timers = self._applied(_application(args))
+                async with timers.lock:
+                    issued = await application.rollback(number, author=author_of(args))
                 return {"issued": issued.to_plain(whole=False)}
             case "policy_release":
-                _only(args)
-                async with self.timers.lock:
-                    released = await self.flows.release()
-                self.timers.wake()
+                only(args, "application")
+                application, timers = self._applied(_application(args))
+                async with timers.lock:
+                    released = await application.release()
+                timers.wake()
                 return {"released": released}
+        if command.startswith("pareto_"):
+            return await JobsAdmin(self.jobs).answer(command, args)
         raise AdminRefusedError(
             f"command {command!r:.80}: unknown to controller", "unknown_command"
         )
 
-
-def _only(args: dict[str, Any], *names: str) -> None:
-    for name in args:
-        if name not in names:
-            raise InputError(f"args.{name:.40}", f"{args[name]!r:.60}", f"one of {list(names)}")
-
-
-def _integer(args: dict[str, Any], name: str, default: int | None) -> int:
-    value = args.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-        raise InputError(name, value, "a number >= 0")
-    return value
+    def _applied(
+        self, application: str
+    ) -> tuple[FlowsApplication | JobsApplication, ApplicationTimers[Any, Any, Any, Any]]:
+        if application == jobs_app.APPLICATION:
+            return self.jobs, self.jobs_timers
+        return self.flows, self.timers
 
 
-def _author(args: dict[str, Any]) -> str:
-    author = args.get("author", "operator")
-    if not isinstance(author, str) or not author or len(author) > 128 or author == "automatic":
-        raise InputError("author", f"{author!r:.60}", "a name of 1-128 characters")
-    return author
+def _application(args: dict[str, Any]) -> str:
+    name = args.get("application", APPLICATION)
+    if name not in APPLICATIONS:
+        raise InputError("application", f"{name!r:.60}", f"one of {', '.join(APPLICATIONS)}")
+    return str(name)
 
 
 def main() -> int:

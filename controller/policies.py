@@ -45,6 +45,13 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE TABLE settings (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
     """,
+    """
+    CREATE TABLE fronts (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, made_wall_s REAL NOT NULL, reason TEXT NOT NULL,
+        document TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE chosen (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
+    """,
 )
 
 
@@ -113,6 +120,7 @@ class PolicyBook:
 
     witness: file in the run directory with "era number" of the newest policy, written before the
     policy is; it outlives the process but not the machine, and no backup contains it.
+    differences: application -> what a policy changes, in words.
     """
 
     def __init__(
@@ -121,7 +129,7 @@ class PolicyBook:
         *,
         witness: Path,
         wall: Callable[[], float],
-        differences: Differences,
+        differences: Mapping[str, Differences],
     ) -> None:
         self._store = store
         self._lock = threading.RLock()  # numbers are taken in the store's thread and in the loop
@@ -252,7 +260,7 @@ class PolicyBook:
             author,
             reason,
             copy_of,
-            tuple(self._differences(before.body if before else {}, body)),
+            tuple(self._differences[application](before.body if before else {}, body)),
             dict(inputs),
             dict(body),
         )

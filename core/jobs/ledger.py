@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from intentd.core.errors import InputError, StateError
 from intentd.core.jobs.allocator import JobTable, Progress, allocate
 from intentd.core.jobs.demand import efficiency
+from intentd.core.jobs.history import Arrival
 from intentd.core.jobs.job import (
     HOLDING,
     OVER,
@@ -616,6 +617,16 @@ class Ledger:
         if (owner, name) not in self._sizes and len(self._sizes) >= LEARNED:
             del self._sizes[next(iter(self._sizes))]
         self._sizes.setdefault((owner, name), deque(maxlen=16)).append(size_gpu_s)
+
+    def arrival(self, job: Job) -> Arrival:
+        """What the controller is told of a job."""
+        line = self._lines.get(job.id)
+        if line is None:
+            function = job.spec.function(job.size_gpu_s)
+            line = _Line(0, function.smallest, function.largest, function.speeds())
+        linear = np.array_equal(line.speeds, np.arange(len(line.speeds)))
+        speeds = () if linear else tuple(line.speeds.tolist())
+        return Arrival(job.id, job.submitted_s, job.size_gpu_s, line.smallest, line.largest, speeds)
 
     # -- inside --------------------------------------------------------------------------------
 

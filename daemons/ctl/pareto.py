@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intentd.core.errors import InputError, IntentdError
+from intentd.daemons.ctl import pareto_live
 from intentd.daemons.ctl.output import JsonOption, message, print_json, print_table
 from intentd.daemons.ctl.sim_jobs import (
     FirstOption,
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from intentd.controller.search.solver import FrontPoint
 
 app = typer.Typer(help="Trade-offs of the GPU scheduler.", no_args_is_help=True)
+app.command("set")(pareto_live.set_preference)
+app.command("update")(pareto_live.update)
+app.command("cancel")(pareto_live.cancel)
+app.command("status")(pareto_live.status)
+app.command("apply")(pareto_live.apply)
 SHOWN = 15
 
 
@@ -231,14 +237,25 @@ def _table(front: list[FrontPoint]) -> None:
 
 @app.command("show")
 def show(
-    file: Annotated[Path, typer.Argument(help="A result of `pareto search --out`.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="A result of `pareto search --out`; else the live front.")
+    ] = None,
     chart: Annotated[Path | None, typer.Option(help="Write a chart, .html or .png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The front of an earlier search, as a table, JSON or chart."""
-    front = read_result(file)
+    """The front of an earlier search, or of the controller, as a table, JSON or chart."""
+    live = pareto_live.live_front() if file is None else None
+    front = read_result(file) if file is not None else _solver().read_front(live)
     if chart is not None:
-        _chart(chart, front, file.name)
+        _chart(chart, front, file.name if file is not None else "the controller's front")
+    if live is not None and not as_json:
+        print(f"front {live['number']} ({live['reason']}); in force: {live['in_force']}")
+        if live.get("present"):
+            values = live["present"]["test"].items()
+            print("present policy: " + ", ".join(f"{name} {value:.5g}" for name, value in values))
+    if live is not None and as_json:
+        print_json(live)
+        return
     if as_json:
         print_json({"front": [point.to_plain() for point in front]})
     else:

@@ -20,6 +20,7 @@ from intentd.daemons.ctl.reach import admin_client
 app = typer.Typer(help="Policies: list, show, set, roll back, release.", no_args_is_help=True)
 
 MAX_FILE_BYTES: Final = 1 << 20
+ApplicationOption = Annotated[str, typer.Option("--application", help="flows or jobs.")]
 
 
 @app.callback()
@@ -30,10 +31,11 @@ def _group() -> None:
 @app.command("list")
 def list_policies(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
+    application: ApplicationOption = "flows",
     as_json: JsonOption = False,
 ) -> None:
     """Policies as issued: number, when, by whom, why, what changed."""
-    page = admin_client("controller").call("policy_list", limit=limit)
+    page = admin_client("controller").call("policy_list", limit=limit, application=application)
     if as_json:
         print_json(page)
         return
@@ -63,10 +65,11 @@ def show(
     number: Annotated[
         int | None, typer.Argument(min=1, help="Number; the newest if left out.")
     ] = None,
+    application: ApplicationOption = "flows",
     as_json: JsonOption = False,
 ) -> None:
     """One policy whole: classes, inputs, what it changed, who runs or refused it."""
-    plain = admin_client("controller").call("policy_show", number=number)
+    plain = admin_client("controller").call("policy_show", number=number, application=application)
     if as_json:
         print_json(plain)
         return
@@ -76,7 +79,9 @@ def show(
     )
     for line in plain["changes"]:
         print(f"  {line}")
-    for row in plain["body"]["domains"]:
+    if application != "flows":
+        print_table(("", ""), [(k, v) for k, v in plain["body"].items() if v not in ({}, [])])
+    for row in plain["body"].get("domains", ()):
         inputs = plain["inputs"].get("domains", {}).get(row["domain"], {})
         because = ", ".join(f"{key} {value}" for key, value in inputs.items() if value is not None)
         print(f"\n{row['domain']}: {row['name']}, {format_rate(row['rate_bps'])} ({because})")
@@ -134,20 +139,21 @@ def set_policy(
 @app.command("rollback")
 def rollback(
     number: Annotated[int, typer.Argument(min=1, help="Whose content to issue again.")],
+    application: ApplicationOption = "flows",
     as_json: JsonOption = False,
 ) -> None:
     """Issue an old policy under a new number and hold the automatic ones until `release`."""
     answer = admin_client("controller").call(
-        "policy_rollback", number=number, author=getpass.getuser()
+        "policy_rollback", number=number, application=application, author=getpass.getuser()
     )
     _tell(answer, as_json)
     message("automatic policies are held until `intentctl policy release`")
 
 
 @app.command("release")
-def release(as_json: JsonOption = False) -> None:
+def release(application: ApplicationOption = "flows", as_json: JsonOption = False) -> None:
     """Let automatic policies go on after a rollback."""
-    answer = admin_client("controller").call("policy_release")
+    answer = admin_client("controller").call("policy_release", application=application)
     if as_json:
         print_json(answer)
     else:

@@ -10,14 +10,15 @@ import pwd
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from intentd.core.errors import ConfigError, InputError, PolicyError
-from intentd.core.jobs.job import Instruction, Job
+from intentd.core.jobs.job import OVER, Instruction, Job
 from intentd.core.jobs.ledger import Ledger
-from intentd.core.jobs.policy import from_plain, make, to_plain
+from intentd.core.jobs.policy import Costs, from_plain, make, to_plain
 from intentd.core.jobs.predictor import Predictor
 from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.daemons.gpu.api import Api, answer_to
 from intentd.daemons.gpu.config import GpuConfig
 from intentd.daemons.gpu.executors import Executor, LocalExecutor, SimExecutor
+from intentd.daemons.gpu.history import KEPT
 from intentd.daemons.gpu.metrics import GpuCollector
 from intentd.daemons.gpu.scheduler import Scheduler
 from intentd.daemons.gpu.service import Caller, Service
@@ -62,7 +63,7 @@ class GpuDaemon(Daemon[GpuConfig]):
             rules=config.jobs.rules(config.costs.hold_growth_s),
         )
         self.scheduler = scheduler = Scheduler(ledger, store, Predictor(), kit.clock)
-        self._restore(ledger, store, scheduler.now())
+        self._restore(scheduler, store)
         self._executor = scheduler.executor = self._make_executor(tasks, scheduler)
         kit.metrics.registry.register(GpuCollector(self.status))
         self._link = MemberLink(
@@ -70,7 +71,7 @@ class GpuDaemon(Daemon[GpuConfig]):
             kit,
             on_policy=self._on_policy,
             collect_report=lambda: {"jobs": self._report()},
-            capabilities=lambda: {"gpus": ledger.total_gpus, "executor": config.jobs.executor},
+            capabilities=self._greet,
         )
         await self._link.start(tasks)
         scheduler.recover()
@@ -156,11 +157,12 @@ class GpuDaemon(Daemon[GpuConfig]):
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _restore(self, ledger: Ledger, store: JobStore, now: float) -> None:
+    def _restore(self, scheduler: Scheduler, store: JobStore) -> None:
+        ledger = scheduler.ledger
         facts = store.facts()
         for name in facts.get("drained", []):
             if name in ledger.nodes:
-                ledger.drain(name, now)
+                ledger.drain(name, scheduler.now())
         for owner, name, size in store.finished_sizes(LEARNED_FROM):
             ledger.learn(owner, name, size)
         ledger.reserve_ids(store.highest_id())
@@ -169,6 +171,10 @@ class GpuDaemon(Daemon[GpuConfig]):
                 if node not in ledger.nodes:
                     raise ConfigError("jobs.nodes", node, f"the node job {job.id} runs on")
             ledger.restore(job)
+        for job in store.newest(KEPT):
+            scheduler.history.arrived(ledger.arrival(job))
+            if job.state in OVER:
+                scheduler.history.ended(job.id, job.worked_gpu_s)
 
     def _make_executor(self, tasks: asyncio.TaskGroup, scheduler: Scheduler) -> Executor:
         ledger = scheduler.ledger
@@ -222,17 +228,26 @@ class GpuDaemon(Daemon[GpuConfig]):
         scheduler.post(take, f"policy {policy.era}.{policy.number} applied")
         return PolicyAck(*number, applied=True)
 
+    def _greet(self) -> dict[str, Any]:
+        """What a controller is told first; it may be one that knows nothing yet."""
+        scheduler = self.scheduler
+        assert scheduler is not None
+        scheduler.history.greeted()
+        return {"gpus": scheduler.ledger.total_gpus, "executor": self.config.jobs.executor}
+
     def _report(self) -> dict[str, Any]:
-        """What the controller learns from: the last jobs that ended, newest last."""
+        """What the controller learns from."""
         scheduler = self.scheduler
         if scheduler is None:
             return {}
-        status = self.status()
+        status, costs = self.status(), scheduler.ledger.costs
         return {
             "gpus": scheduler.ledger.total_gpus,
             "jobs": status["jobs"],
             "counts": status["counts"],
-            "finished": scheduler.finished[-200:],
+            "coverage": status["coverage"],
+            "costs": {name: getattr(costs, name) for name in Costs.__slots__},
+            "history": scheduler.history.report(),
         }
 
 

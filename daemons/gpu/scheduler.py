@@ -23,6 +23,7 @@ from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.predictor import Prediction, Predictor
 from intentd.core.jobs.spec import JobSpec
 from intentd.daemons.gpu.executors import Executor
+from intentd.daemons.gpu.history import Reporter
 from intentd.daemons.gpu.store import JobStore, plain_of
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.store import StoreError
@@ -58,7 +59,7 @@ class Scheduler:
         self.counts = {"submitted": 0, "finished": 0, "failed": 0, "cancelled": 0, "starts": 0}
         self.decide_s = 0.0
         self.predict_s = 0.0
-        self.finished: list[dict[str, Any]] = []
+        self.history = Reporter()
         self.changed = asyncio.Condition()
         self._clock = clock
         self._offset = clock.wall() - clock.now()
@@ -231,24 +232,15 @@ class Scheduler:
     def _over(self, job: Job) -> None:
         self.counts[job.state.value] += 1
         self.predictor.finished(job.id, job.ended_s)
-        record = {
-            "job": job.id,
-            "name": job.spec.name,
-            "owner": job.spec.owner,
-            "state": job.state.value,
-            "submit_s": job.submitted_s,
-            "end_s": job.ended_s,
-            "service_gpu_s": job.worked_gpu_s,
-            "min_gpus": job.spec.min_gpus,
-            "gpus": job.spec.max_gpus,
-        }
-        self.finished = [*self.finished[-1999:], record]
+        self.history.ended(job.id, job.worked_gpu_s)
         _log.info("job over", extra={"job": job.id, "state": job.state.value, "why": job.detail})
 
     def _acknowledge(self, done: list[tuple[_Change, Any]]) -> None:
         fresh = [job for change, jobs in done if change.submitted for job in jobs]
         if fresh:
             self.counts["submitted"] += len(fresh)
+            for job in fresh:
+                self.history.arrived(self.ledger.arrival(job))
             self._predict(fresh)
         for change, result in done:
             if change.answer is not None and not change.answer.done():

@@ -104,6 +104,11 @@ class JobStore:
         )
         return [(row["owner"], row["name"], float(row["size"])) for row in reversed(rows)]
 
+    def newest(self, limit: int) -> list[Job]:
+        """The last jobs that came, oldest first."""
+        rows = self.store.read("SELECT body FROM jobs ORDER BY id DESC LIMIT ?", (limit,))
+        return [job_from_plain(json.loads(row["body"])) for row in reversed(rows)]
+
     def highest_id(self) -> int:
         kept = self.facts().get("highest_id", 0)
         row = self.store.read("SELECT coalesce(max(id), 0) AS id FROM jobs")[0]

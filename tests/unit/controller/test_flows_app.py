@@ -29,7 +29,10 @@ class Controlled:
         self.clock = ManualClock(1000.0)
         self.store = Store(base / "db", MIGRATIONS)
         book = PolicyBook(
-            self.store, witness=base / "witness", wall=self.clock.wall, differences=differences
+            self.store,
+            witness=base / "witness",
+            wall=self.clock.wall,
+            differences={"flows": differences},
         )
         self.issued: list[StoredPolicy] = []
         self.app = FlowsApplication(

@@ -40,7 +40,7 @@ class Books(RuleBasedStateMachine):
             self.store,
             witness=self.where / "witness",
             wall=lambda: self.wall_s,
-            differences=differences,
+            differences={"flows": differences},
         )
         newest = self.book.newest(APP)
         if newest is not None and (newest.era, newest.number) not in self.issued:

@@ -45,15 +45,23 @@ STATS_REPLY: Final = 13
 # OPEN flags
 WANTS_MARK: Final = 1  # one socket rides along (SCM_RIGHTS): mark it with the flow's class
 MARK_ONLY: Final = 2  # no gate, no flow: classify, mark the socket, answer MARKED
+STARTED: Final = 4  # the flow sends already: the board showed its class free
 # GRANT flags
 GRANT_MARKED: Final = 1  # the socket that came with OPEN carries this class's mark
 GRANT_SHAPED: Final = 2  # the domain's device shares its link by class weight
 # WELCOME flags
 WELCOME_SHAPES: Final = 1
 WELCOME_MARKS: Final = 2
+WELCOME_BOARD: Final = 4  # the board's descriptor rides along (SCM_RIGHTS)
+
+# The board (agent/board.py)
+BOARD_MAGIC: Final = 0x49414244  # "IABD"
+BOARD_VERSION: Final = 1
 
 # Why a flow starts now: "" in its turn; the others start outside the guaranteed order.
-REASONS: Final = ("", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain")
+REASONS: Final = (
+    "", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain", "raced",
+)  # fmt: skip
 REASON_CODES: Final = {reason: code for code, reason in enumerate(REASONS)}
 
 # ERROR codes
@@ -79,7 +87,7 @@ _STATS: Final = struct.Struct("!64s")
 _STATS_REPLY: Final = struct.Struct("!QQQIIII")
 
 HEADER_BYTES: Final = _HEADER.size
-_OPEN_FLAGS: Final = (0, WANTS_MARK, WANTS_MARK | MARK_ONLY)
+_OPEN_FLAGS: Final = (0, WANTS_MARK, WANTS_MARK | MARK_ONLY, STARTED)
 _RESERVED: Final = bytes(3)
 _EMPTY_NAME: Final = bytes(MAX_NAME)
 _EMPTY_PEER: Final = bytes(16)
@@ -321,8 +329,8 @@ def _decode_open(packet: bytes, request: int) -> Open:
         expected = "bytes from 0 to 2**62 (every flow states its size)"
         raise ProtocolError(E_VALUE, "OPEN.size_bytes", size, expected, request)
     if flags not in _OPEN_FLAGS:
-        unknown = flags & ~(WANTS_MARK | MARK_ONLY)
-        expected = "bits 0 and 1 only" if unknown else "bit 1 only with bit 0"
+        unknown = flags & ~(WANTS_MARK | MARK_ONLY | STARTED)
+        expected = "bits 0 to 2 only" if unknown else "bit 1 only with bit 0, bit 2 alone"
         raise ProtocolError(E_VALUE, "OPEN.flags", flags, expected, request)
     if reserved != _RESERVED:
         raise ProtocolError(E_VALUE, "OPEN.reserved", reserved, "zeros", request)

@@ -99,13 +99,19 @@ class Application:
         self._sock = sock
         self._backlog: deque[bytes] = deque()
 
-    def send(self, packet: bytes) -> None:
-        """Send, or queue behind a slow reader; one that lets its bound fill is cut off."""
+    def send(self, packet: bytes, fd: int | None = None) -> None:
+        """Send, or queue behind a slow reader; one that lets its bound fill is cut off.
+
+        fd: a descriptor to ride along; a packet that must queue goes without it.
+        """
         if not self.accepting:
             return
         if not self._backlog:
             try:
-                self._sock.send(packet)
+                if fd is None:
+                    self._sock.send(packet)
+                else:
+                    socket.send_fds(self._sock, [packet], [fd])
             except BlockingIOError:
                 self._socket.writable(self, True)
             except OSError:

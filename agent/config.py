@@ -42,6 +42,11 @@ class SocketSection(Section):
     allow_class_hints: bool = Field(
         default=True, description="Applications may name their flow's class; else size decides."
     )
+    board: bool = Field(
+        default=True,
+        description="Show applications which classes are free, in memory that only the agent "
+        "writes: a flow of a free class then starts without asking first.",
+    )
     max_connections: int = Field(
         default=4096, description="Applications connected at a time.", ge=1, le=1_000_000
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from intentd.agent.app_socket import AppSocket
+from intentd.agent.board import Board
 from intentd.agent.config import AgentConfig, DomainSection
 from intentd.agent.domain import Domain, Route, parse_network
 from intentd.agent.explain import explain
@@ -68,6 +69,7 @@ class AgentDaemon(Daemon[AgentConfig]):
 
     def __init__(self, config: AgentConfig, kit: Kit) -> None:
         super().__init__(config, kit)
+        self._board = _make_board() if config.socket.board else None
         self.shell = GateShell(
             now=kit.clock.now,
             mark=mark,
@@ -77,6 +79,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             max_flows=config.socket.max_flows_per_connection,
             honour_hints=config.socket.allow_class_hints,
             recent=config.recent_flows,
+            board=self._board,
         )
         self._turns = Turns(
             name=config.name,
@@ -118,7 +121,7 @@ class AgentDaemon(Daemon[AgentConfig]):
 
     async def drain(self, deadline_s: float) -> None:
         """No new flows; those that wait or send may end."""
-        self.shell.stopping = True
+        self.shell.stop()
         if self._socket is not None:
             self._socket.stop_accepting()
         empty = asyncio.Event()
@@ -140,6 +143,8 @@ class AgentDaemon(Daemon[AgentConfig]):
             if self._shaping is not None:
                 shaping, self._shaping = self._shaping, None
                 await shaping.close()
+            if self._board is not None:
+                self._board.close()
 
     async def reload(self, config: AgentConfig) -> None:
         """Take domains, controller and limits that changed; refuse what needs a restart."""
@@ -242,6 +247,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             for held, policy in wanted:
                 self.shell.set_policy(held.domain, policy, number)
                 held.refresh_marks()
+            self.shell.publish_board()
         return PolicyAck("flows", numbered.era, numbered.number, True)
 
     async def _shape_all(self, wanted: list[tuple[Held, DomainPolicy]]) -> None:
@@ -262,6 +268,7 @@ class AgentDaemon(Daemon[AgentConfig]):
         if held.shaper is not None:
             await held.shaper.apply(policy)
         held.refresh_marks()
+        self.shell.publish_board()
 
     async def _verify_for_ever(self) -> None:
         """Read the kernel's classes back, repair what somebody changed, find devices that came."""
@@ -272,6 +279,7 @@ class AgentDaemon(Daemon[AgentConfig]):
                     if held.shaper is not None:
                         await held.shaper.verify()
                         held.refresh_marks()
+                self.shell.publish_board()
 
     # -- telling ----------------------------------------------------------------------------------
 
@@ -364,6 +372,14 @@ class AgentDaemon(Daemon[AgentConfig]):
             "rate_bps": held.domain.policy.rate_bps,
             "tc": held.shaper.status() if held.shaper is not None else held.tc(),
         }
+
+
+def _make_board() -> Board | None:
+    try:
+        return Board()
+    except OSError as error:
+        log.warning("no board of free classes", extra={"reason": str(error)})
+        return None
 
 
 def _allow_descriptors(wanted: int) -> None:

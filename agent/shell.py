@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_protocol import FromApplication, ProtocolError
 from intentd.agent.app_socket import Application
+from intentd.agent.board import Board
 from intentd.agent.domain import SENDING, WAITING, Domain, FlowRecord, Route
 from intentd.agent.explain import explain, finite_threshold
 from intentd.agent.marking import Marked
@@ -59,7 +60,7 @@ class GateShell:
 
     now: the clock. mark: sets a socket's class. woken: told the earliest time ``tick`` has
     something to do, whenever that becomes earlier. changed: told a domain after its gate was
-    called, so that its outbox is sent (turn protocol).
+    called, so that its outbox is sent (turn protocol). board: where free classes are shown.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class GateShell:
         max_flows: int = 16384,
         honour_hints: bool = True,
         recent: int = RECENT,
+        board: Board | None = None,
     ) -> None:
         self.domains: dict[str, Domain] = {}
         self.counts = Counts()
@@ -81,6 +83,7 @@ class GateShell:
         self.stopping = False
         self.emptied: Callable[[], None] = lambda: None  # the last open flow has left
         self.can_mark = True
+        self._board = board
         self._now = now
         self._mark = mark
         self._woken = woken
@@ -117,6 +120,7 @@ class GateShell:
         self._route_cache.clear()
         for domain in gone:
             self._abandon(domain, now)
+        self.publish_board()
 
     def set_policy(self, domain: Domain, policy: DomainPolicy, number: tuple[int, int]) -> None:
         """Swap a domain's policy: nothing that waits is lost, running flows stay."""
@@ -127,6 +131,18 @@ class GateShell:
             if record.domain is domain:
                 record.class_index = domain.gate.class_index_of(record.flow) or 0
         self._after(domain, releases, now)
+        self.publish_board()
+
+    def publish_board(self) -> None:
+        """Domains, classes or marks have changed."""
+        if self._board is not None:
+            self._board.publish(self.domains.values(), self._default, bool(self._routes))
+
+    def stop(self) -> None:
+        """Take no new flows; those that wait or send may end."""
+        self.stopping = True
+        if self._board is not None:
+            self._board.withdraw()
 
     def _abandon(self, domain: Domain, now: float) -> None:
         for record in [r for r in self.flows.values() if r.domain is domain]:
@@ -190,7 +206,10 @@ class GateShell:
         flags = wire.WELCOME_MARKS if self.can_mark else 0
         if any(domain.shaped for domain in self.domains.values()):
             flags |= wire.WELCOME_SHAPES
-        application.send(wire.encode_welcome(message.request, self._boot, flags, self._max_flows))
+        if self._board is not None:
+            flags |= wire.WELCOME_BOARD
+        welcome = wire.encode_welcome(message.request, self._boot, flags, self._max_flows)
+        application.send(welcome, None if self._board is None else self._board.fd)
 
     def _open(
         self, application: Application, message: wire.Open, passed: socket.socket | None
@@ -228,7 +247,13 @@ class GateShell:
             releases = [Release(flow, 0, "no_domain")]
         else:
             try:
-                releases = domain.gate.arrive(flow, message.size_bytes, now=now, class_index=hint)
+                releases = domain.gate.arrive(
+                    flow,
+                    message.size_bytes,
+                    now=now,
+                    class_index=hint,
+                    started=message.flags == wire.STARTED,
+                )
             except GateFullError as error:
                 raise ProtocolError(
                     wire.E_LIMIT, "flows", "one more", f"at most {error.limit} in a domain", request
@@ -441,7 +466,12 @@ class GateShell:
         self._after(domain, releases, self._now())
 
     def _after(self, domain: Domain, releases: list[Release], now: float) -> None:
-        """What follows every call of the gate. The order matters: see the module's docstring."""
+        """What follows every call of the gate. The order matters: see the module's docstring.
+
+        The board comes first: who is granted a class must not be seen to leave it free.
+        """
+        if self._board is not None:
+            self._board.show(domain)
         granted = []
         for release in releases:
             record = self.flows.get(release.flow)

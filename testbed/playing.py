@@ -94,19 +94,20 @@ def python_env() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{rest}" if rest else root}
 
 
-def favour(pid: int, *, realtime: bool = False) -> None:
+def favour(pid: int) -> None:
     """Let a process of the testbed go before what else runs here; without the right, not.
 
     Flows finish in fractions of a millisecond: a queue for the processor would be all one measures.
-    realtime: for the agents, as their unit has it (SCHED_RR): they work for microseconds at a time
-    and every flow of the host waits for them.
+    Everyone of the testbed gets the agent's class (SCHED_RR, as in its unit) at one priority: the
+    kernel then wakes each where none of the others runs. With the agents alone in it, they take the
+    processor of the server that answers the very flow they were told of (floor .60 instead of
+    .28 ms); with nobody in it, turns pass late (mean 1.26 instead of 1.01 times the simulator's).
     """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, NICE)
-        if realtime:
-            os.sched_setscheduler(
-                pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(REALTIME_PRIORITY)
-            )
+        os.sched_setscheduler(
+            pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(REALTIME_PRIORITY)
+        )
 
 
 def module_command(host: Host, module: str, *words: str) -> list[str]:

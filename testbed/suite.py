@@ -268,7 +268,8 @@ class Suite:
                 stderr=log,
                 env=python_env(),
             )
-        favour(member.process.pid, realtime=member.role == "agent")
+        if member.role != "controller":  # it computes for long, and no flow waits for it
+            favour(member.process.pid)
 
     async def ready(self, member: Member, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Raises PlayError if it is not ready in time or has ended."""

@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import array
 import asyncio
+import bisect
 import contextlib
 import errno
 import fcntl
 import ipaddress
+import mmap
 import os
 import socket
 import struct
@@ -43,9 +45,19 @@ import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
-__all__ = ["AsyncFlow", "AsyncFlows", "Flow", "Flows", "aflows", "flows", "pending_bytes"]
+__all__ = [
+    "AsyncFlow",
+    "AsyncFlows",
+    "Board",
+    "Flow",
+    "Flows",
+    "aflows",
+    "flows",
+    "pending_bytes",
+    "received_board",
+]
 
 DEFAULT_SOCKET: Final = "/run/intentd/agent.sock"
 
@@ -53,10 +65,13 @@ _MAGIC: Final = 0x4941
 _VERSION: Final = 1
 _HELLO, _WELCOME, _OPEN, _GRANT, _QUEUED, _ANNOUNCE, _DONE, _CANCEL = 1, 2, 3, 4, 5, 6, 7, 8
 _MARK, _MARKED, _ERROR = 9, 10, 11
-_WANTS_MARK, _MARK_ONLY, _GRANT_MARKED = 1, 2, 1
+_WANTS_MARK, _MARK_ONLY, _STARTED, _GRANT_MARKED = 1, 2, 4, 1
+_WELCOME_BOARD: Final = 4
 _STOPPING: Final = 7  # an ERROR's code: the agent leaves
 _NO_CLASS: Final = 0xFFFF
-_REASONS: Final = ("", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain")
+_REASONS: Final = (
+    "", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain", "raced",
+)  # fmt: skip
 _MAX_SIZE: Final = 2**62
 _MAX_PACKET: Final = 512
 
@@ -69,6 +84,13 @@ _DONE_PACKET: Final = struct.Struct("!HBBIQQQ")
 _MARKED_PACKET: Final = struct.Struct("!HBBIHBBI")
 _ERROR_PACKET: Final = struct.Struct("!HBBIHH")
 _HELLO_PACKET: Final = struct.Struct("!HBBI64s")
+_WELCOME_PACKET: Final = struct.Struct("!HBBIQII")
+_BOARD_MAGIC: Final = 0x49414244
+_BOARD_HEAD: Final = struct.Struct("=IIQIIII")  # the board is in the host's byte order
+_BOARD_DOMAIN: Final = struct.Struct("=64sQIIII")
+_BOARD_CLASS: Final = struct.Struct("=QIHH")
+_BOARD_HEAD_BYTES: Final = 64
+_BOARD_CLASSES: Final = 64
 _TIMEVAL: Final = struct.Struct("ll")
 
 _SIOCOUTQNSD: Final = 0x894B  # linux/sockios.h: bytes not handed to the network layer yet
@@ -152,20 +174,39 @@ def _open_packet(
     )
 
 
+_UNMARKED_BY_SIZE: Final = struct.pack("!HH", 0, _NO_CLASS)  # flags and class_hint of an OPEN
+
+
+def _started(packet: bytes, request: int) -> bytes:
+    """The same OPEN for a flow that sends already."""
+    flags = _STARTED.to_bytes(2, "big")
+    return packet[:4] + request.to_bytes(4, "big") + flags + packet[10:]
+
+
+def _wish(packet: bytes) -> tuple[int, bytes, bool]:
+    """Size, domain and whether a peer is named, of an OPEN."""
+    _, _, _, _, _, _, family, size, _, name = _OPEN_PACKET.unpack(packet)
+    return size, name.rstrip(b"\0"), family != 0
+
+
 class _Reply:
     """What the agent has said about one request so far, filed by whoever reads."""
 
-    __slots__ = ("answer", "grant", "marked", "waiter", "wake")
+    __slots__ = ("answer", "flow", "grant", "marked", "over", "waiter", "wake")
 
     def __init__(self) -> None:
         self.answer = 0.0  # a QUEUED came: wait no longer than this many seconds
         self.grant: tuple[int, ...] | _AgentGoneError | None = None
         self.marked: tuple[int, ...] | None = None
+        self.flow: _FlowState | None = None  # started by the board, the agent has not answered yet
+        self.over = False  # that flow has ended meanwhile
         self.wake: threading.Lock | None = None
         self.waiter: asyncio.Future[None] | None = None
 
 
-def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
+def _understand(
+    packet: bytes, replies: dict[int, _Reply], board: Board | None = None
+) -> _Reply | None:
     """File a packet under its request; the reply that changed. May raise _AgentGoneError."""
     try:
         magic, version, kind, request = _HEADER.unpack_from(packet)
@@ -176,6 +217,8 @@ def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
             values = _GRANT_PACKET.unpack(packet)
             if reply is not None:
                 reply.grant = values
+                if reply.flow is not None:
+                    reply.flow._confirmed(values)
         elif kind == _QUEUED:
             values = _QUEUED_PACKET.unpack(packet)
             if reply is not None:
@@ -200,7 +243,131 @@ def _understand(packet: bytes, replies: dict[int, _Reply]) -> _Reply | None:
             return None
     except struct.error:
         raise _AgentGoneError("protocol", f"unreadable packet of {len(packet)} bytes") from None
+    if board is not None and kind in (_GRANT, _ERROR):
+        board.settled(request)
+        if reply is not None and reply.flow is not None:
+            reply.flow = None
+            if reply.over:
+                replies.pop(request, None)
     return reply
+
+
+class _Offer(NamedTuple):
+    """A free class: what a GRANT would say of it."""
+
+    class_index: int
+    dscp: int
+    priority: int
+    early_fin_bytes: int
+    rate_bps: int
+
+
+class Board:
+    """The agent's board, read: which classes are free (docs/wire.md). Other threads may read too.
+
+    An own start is not on the board until the agent has heard of it. ``start`` therefore remembers
+    the classes taken until ``settled`` tells that the agent has.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Maps the descriptor, which stays the caller's. Raises OSError or ValueError."""
+        self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        if self._map[:8] != struct.pack("=II", _BOARD_MAGIC, 1):
+            raise ValueError("not a board of version 1")
+        self._view = memoryview(self._map)
+        self._words = self._view.cast("H")
+        self._generations = self._view.cast("Q")
+        self._read_at = 0
+        self._routed = True
+        self._default = b""
+        self._domains: dict[bytes, tuple[list[int], list[_Offer], int]] = {}
+        self._taken: dict[tuple[bytes, int], int] = {}
+        self._starts: dict[int, tuple[bytes, int]] = {}
+
+    def start(self, request: int, size: int, domain: bytes, has_peer: bool) -> _Offer | None:
+        """The flow's class if it is free; it then counts as taken by this request."""
+        if self._generations[1] != self._read_at and not self._read():
+            return None
+        if not domain:
+            if has_peer and self._routed:
+                return None
+            domain = self._default
+        known = self._domains.get(domain)
+        if known is None:
+            return None
+        limits, offers, at = known
+        index = bisect.bisect_left(limits, size)
+        key = (domain, index)
+        if not self._words[at + index * (_BOARD_CLASS.size // 2)] or key in self._taken:
+            return None
+        self._taken[key] = request
+        self._starts[request] = key
+        return offers[index]
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the agent has not answered some start yet, as far as is known here."""
+        return bool(self._starts)
+
+    def settled(self, request: int) -> None:
+        """The agent has answered: the board shows what this request took."""
+        key = self._starts.pop(request, None)
+        if key is not None:
+            self._taken.pop(key, None)
+
+    def _read(self) -> bool:
+        """Domains and classes, when the agent has written them anew. False: it is at it."""
+        generation = self._generations[1]
+        if generation % 2:
+            return False
+        _, _, _, count, live, default, routed = _BOARD_HEAD.unpack_from(self._map)
+        size = _BOARD_DOMAIN.size + _BOARD_CLASSES * _BOARD_CLASS.size
+        domains = {}
+        self._default = b""
+        for number in range(count if live else 0):
+            start = _BOARD_HEAD_BYTES + number * size
+            name, rate, early, _, classes, _ = _BOARD_DOMAIN.unpack_from(self._map, start)
+            first = start + _BOARD_DOMAIN.size
+            rows = [
+                _BOARD_CLASS.unpack_from(self._map, first + index * _BOARD_CLASS.size)
+                for index in range(min(classes, _BOARD_CLASSES))
+            ]
+            name = name.rstrip(b"\0")
+            if number == default:
+                self._default = name
+            if rows:
+                domains[name] = (
+                    [row[0] for row in rows[:-1]],
+                    [_Offer(i, row[2], row[1], early, rate) for i, row in enumerate(rows)],
+                    (first + _BOARD_CLASS.size - 2) // 2,
+                )
+        if self._generations[1] != generation:
+            return False
+        self._domains, self._routed, self._read_at = domains, bool(routed), generation
+        return True
+
+
+def received_board(packet: bytes, fds: list[int]) -> Board | None:
+    """The board that came with a WELCOME; None: the agent has none, or another kind."""
+    try:
+        welcome = len(packet) == _WELCOME_PACKET.size and packet[3] == _WELCOME
+        if welcome and fds and _WELCOME_PACKET.unpack(packet)[5] & _WELCOME_BOARD:
+            return Board(fds[0])
+    except (OSError, ValueError):
+        pass  # a board of a later kind: then every flow asks
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return None
+
+
+def _forget(replies: dict[int, _Reply], request: int) -> None:
+    """Nobody waits for the request any more; one that the agent still answers stays until then."""
+    reply = replies.get(request)
+    if reply is not None and reply.flow is not None:
+        reply.over = True
+    else:
+        replies.pop(request, None)
 
 
 def pending_bytes(sock: _Fileno) -> int:
@@ -264,7 +431,8 @@ class _FlowState:
     """What is known about one flow; its methods are in Flow and AsyncFlow.
 
     degraded: "" started in its turn; else the agent's reason (timeout, lease, fallback, early_fin,
-    policy) or this module's: absent, slow, closed, protocol, refused (``error`` has the text).
+    policy, raced: known only some time after the start) or this module's: absent, slow, closed,
+    protocol, refused (``error`` has the text).
     """
 
     def __init__(self, size: int) -> None:
@@ -286,6 +454,7 @@ class _FlowState:
         self._open = True
         self._sockets: list[Any] = []
         self._connection: Any = None
+        self._counter: Counter[str] | None = None  # where a late reason is counted
 
     def __del__(self) -> None:
         """A flow that nobody closed must not keep its turn for as long as the program lives."""
@@ -303,6 +472,18 @@ class _FlowState:
             self.degraded = ""
         self.marked = bool(flags & _GRANT_MARKED)
         self._early_fin, self._rate_bps = early, rate
+
+    def _offered(self, offer: _Offer) -> None:
+        self.class_index, self.dscp, self.priority = offer.class_index, offer.dscp, offer.priority
+        self._early_fin, self._rate_bps = offer.early_fin_bytes, offer.rate_bps
+
+    def _confirmed(self, grant: tuple[int, ...]) -> None:
+        """The agent's word on a flow that started by the board."""
+        self.id = grant[4]
+        reason = grant[7]
+        self.degraded = _REASONS[reason] if reason < len(_REASONS) else "policy"
+        if self.degraded and self._counter is not None:
+            self._counter[self.degraded] += 1
 
     def _failed(self, gone: _AgentGoneError) -> None:
         self.degraded, self.error = gone.reason, gone.text
@@ -336,7 +517,8 @@ class _Settings:
 
         answer_timeout_s: an agent that has not answered by then is treated as absent. max_wait_s:
         the longest a flow may queue, whatever the agent says. on_degraded: called with each flow
-        that starts degraded, in the caller's thread or task; it must not block.
+        that starts degraded, in the caller's thread or task; it must not block. A flow that raced
+        another is only counted: that comes to light after its start.
         """
         self._path = path
         self._name = name
@@ -428,6 +610,8 @@ class _Connection:
         self._replies: dict[int, _Reply] = {}
         self._next_request = 0
         self._read_timeout_s = 0.0
+        self._greeted = False
+        self._board: Board | None = None
         self.send(hello)
 
     def __del__(self) -> None:
@@ -448,7 +632,38 @@ class _Connection:
         return number, reply
 
     def forget(self, request: int) -> None:
-        self._replies.pop(request, None)
+        _forget(self._replies, request)
+
+    def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
+        """The class this OPEN may start in at once, by the board."""
+        board = self._board
+        if board is None:
+            return None
+        if board.unsettled:
+            self._read_answers()
+        with self._lock:
+            offer = board.start(request, *_wish(packet))
+            if offer is not None:
+                reply.flow = flow
+        return offer
+
+    def _read_answers(self) -> None:
+        """File what has come, if nobody else is reading: flows that started did not wait for it."""
+        with self._lock:
+            if self._reading:
+                return
+            self._reading = True
+        try:
+            while not self.dead:
+                try:
+                    packet = self._sock.recv(_MAX_PACKET, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return
+                except OSError:
+                    packet = b""
+                self._file(packet)
+        finally:
+            self._hand_over()
 
     def abandon(self, request: int) -> None:
         """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
@@ -529,16 +744,24 @@ class _Connection:
             self._read_timeout_s = timeout_s + 0.01
             _set_timeout(self._sock, socket.SO_RCVTIMEO, self._read_timeout_s)
         try:
-            packet = self._sock.recv(_MAX_PACKET)
+            if self._greeted:
+                packet = self._sock.recv(_MAX_PACKET)
+            else:
+                packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1)
+                self._greeted = True
+                self._board = received_board(packet, fds)
         except BlockingIOError:
             return
         except OSError:
             packet = b""
+        self._file(packet)
+
+    def _file(self, packet: bytes) -> None:
         if not packet:
             self.fail("closed")
             return
         try:
-            changed = _understand(packet, self._replies)
+            changed = _understand(packet, self._replies, self._board)
         except _AgentGoneError as gone:
             self.fail(gone.reason)
             return
@@ -765,6 +988,13 @@ class Flows(_Settings):
         connection = self._connected()
         request, reply = connection.request()
         flow._request = request
+        if packet[8:12] == _UNMARKED_BY_SIZE:
+            offer = connection.offer(request, reply, flow, packet)
+            if offer is not None:
+                connection.send(_started(packet, request))
+                flow._offered(offer)
+                flow._connection, flow._reply, flow._counter = connection, reply, self.degraded
+                return
         try:
             connection.send(packet[:4] + request.to_bytes(4, "big") + packet[8:], sock)
             granted = connection.wait(reply, _has_grant, self._answer_timeout_s, self._max_wait_s)
@@ -821,6 +1051,9 @@ class _AsyncConnection:
         self._replies: dict[int, _Reply] = {}
         self._next_request = 0
         self._backlog: list[bytes] = []
+        self._later: list[bytes] = []  # OPENs of flows that have started by the board
+        self._greeted = False
+        self._board: Board | None = None
         loop.add_reader(self._sock.fileno(), self._readable)
         self.send(hello)
 
@@ -840,7 +1073,7 @@ class _AsyncConnection:
         return number, reply
 
     def forget(self, request: int) -> None:
-        self._replies.pop(request, None)
+        _forget(self._replies, request)
 
     def abandon(self, request: int) -> None:
         """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
@@ -850,9 +1083,32 @@ class _AsyncConnection:
             with contextlib.suppress(OSError):
                 self._sock.send(packet, socket.MSG_DONTWAIT)
 
+    def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
+        """The class this OPEN may start in at once, by the board."""
+        if self._board is None:
+            return None
+        offer = self._board.start(request, *_wish(packet))
+        if offer is not None:
+            reply.flow = flow
+        return offer
+
+    def send_later(self, packet: bytes) -> None:
+        """Tell the agent when the task has done what it can do at once: its data goes first."""
+        if not self._later:
+            self.loop.call_soon(self._send_rest)
+        self._later.append(packet)
+
+    def _send_rest(self) -> None:
+        later, self._later = self._later, []
+        for packet in later:
+            with contextlib.suppress(_AgentGoneError):  # the flows have started, whoever knows it
+                self.send(packet)
+
     def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
         if self.dead:
             raise _AgentGoneError("closed")
+        if self._later:  # an OPEN goes before what follows it
+            self._send_rest()
         try:
             if sock is not None:
                 # Sockets do not queue behind a slow agent: the flow goes unmarked instead.
@@ -913,7 +1169,12 @@ class _AsyncConnection:
     def _readable(self) -> None:
         for _ in range(64):  # then other callbacks of the loop have their turn
             try:
-                packet = self._sock.recv(_MAX_PACKET)
+                if self._greeted:
+                    packet = self._sock.recv(_MAX_PACKET)
+                else:
+                    packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1)
+                    self._greeted = True
+                    self._board = received_board(packet, fds)
             except BlockingIOError:
                 return
             except OSError:
@@ -922,7 +1183,7 @@ class _AsyncConnection:
                 self.fail("closed")
                 return
             try:
-                changed = _understand(packet, self._replies)
+                changed = _understand(packet, self._replies, self._board)
             except _AgentGoneError as gone:
                 self.fail(gone.reason)
                 return
@@ -1156,6 +1417,13 @@ class AsyncFlows(_Settings):
         connection = self._connected()
         request, reply = connection.request()
         flow._request = request
+        if packet[8:12] == _UNMARKED_BY_SIZE:
+            offer = connection.offer(request, reply, flow, packet)
+            if offer is not None:
+                connection.send_later(_started(packet, request))
+                flow._offered(offer)
+                flow._connection, flow._reply, flow._counter = connection, reply, self.degraded
+                return
         sent = False
         try:
             connection.send(packet[:4] + request.to_bytes(4, "big") + packet[8:], sock)

@@ -20,6 +20,7 @@ from intentd.core.flows.policy import UNLIMITED, ClassPolicy, DomainPolicy
 ORDERED: Final = ""
 TIMEOUT: Final = "timeout"
 EARLY_FIN: Final = "early_fin"
+RACED: Final = "raced"
 MAX_FLOWS: Final = 100_000
 MAX_SIZE_BYTES: Final = 2**63 - 1
 _COMPACT_FROM: Final = 64
@@ -40,7 +41,8 @@ class Release(NamedTuple):  # made for every flow: a third of what a frozen data
 
     degraded: "" when order and multiplexing level hold, else why they may not:
         "timeout" (waited max_wait), "early_fin" (one before it announced its end but still
-        sends); the turn protocol adds "lease" and "fallback".
+        sends), "raced" (started by itself on a class it saw free, which no longer was); the turn
+        protocol adds "lease" and "fallback".
     """
 
     flow: int
@@ -100,7 +102,8 @@ class FlowGate:
     At most max_flows flows are held, waiting and sending together; the next arrival raises
     GateFullError and its sender goes on without the gate. Expiry: whoever waited max_wait_s is
     released as degraded, on top of mpl; later ordered releases of the class wait until it is
-    below mpl again.
+    below mpl again. A flow may also say that it has started already, because ``admits`` told its
+    class was free: it is ordered if that still holds, else "raced", on top of mpl as well.
     """
 
     def __init__(self, policy: DomainPolicy, *, max_flows: int = MAX_FLOWS) -> None:
@@ -113,11 +116,18 @@ class FlowGate:
         self._adopt(policy)
 
     def arrive(
-        self, flow: int, size_bytes: int, *, now: float, class_index: int | None = None
+        self,
+        flow: int,
+        size_bytes: int,
+        *,
+        now: float,
+        class_index: int | None = None,
+        started: bool = False,
     ) -> list[Release]:
         """A flow wants to send; its own release comes back when it may start at once.
 
-        class_index: the class the application names; else size and policy choose it.
+        class_index: the class the application names; else size and policy choose it. started: it
+        sends already; its release comes back in any case.
         Raises InputError for a bad size or class, GateFullError, StateError for an id in use.
         """
         if not 0 <= size_bytes <= MAX_SIZE_BYTES:  # NaN fails too
@@ -141,6 +151,8 @@ class FlowGate:
         cls = self._classes[index]
         if not cls.waiting and cls.sending < cls.mpl:
             return [self._start(entry, cls)]
+        if started:
+            return [self._start(entry, cls, RACED)]
         self._enqueue(entry, cls)
         self._waiting[flow] = entry
         return []
@@ -244,6 +256,12 @@ class FlowGate:
     def active(self) -> list[int]:
         """Flows sending, announced ones too, per class."""
         return [cls.sending + cls.announced for cls in self._classes]
+
+    def admits(self) -> list[bool]:
+        """Per class, whether the next arrival starts at once; size must be what chooses it."""
+        if not self._by_size:
+            return [False] * len(self._classes)
+        return [not cls.waiting and cls.sending < cls.mpl for cls in self._classes]
 
     def __len__(self) -> int:
         return len(self._flows)

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from typing import Any, Final
 
+from intentd.agent.client import Board, received_board
 from intentd.testbed.traffic.turns import Ended, OnTurn, Turn
 
 _MAGIC: Final = 0x4941
@@ -22,7 +23,10 @@ _VERSION: Final = 1
 _HELLO, _WELCOME, _OPEN, _GRANT, _QUEUED, _ANNOUNCE, _DONE = 1, 2, 3, 4, 5, 6, 7
 _CANCEL, _ERROR = 8, 11
 _NO_CLASS: Final = 0xFFFF
-_REASONS: Final = ("", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain")
+_STARTED: Final = 4
+_REASONS: Final = (
+    "", "timeout", "lease", "fallback", "early_fin", "policy", "no_domain", "raced",
+)  # fmt: skip
 
 _HEADER: Final = struct.Struct("!HBBI")
 _HELLO_PACKET: Final = struct.Struct("!HBBI64s")
@@ -62,9 +66,12 @@ class AgentGate:
         self._domain = domain.encode()
         self._required = required
         self._sock: socket.socket | None = None
+        self._board: Board | None = None
+        self._greeted = False
         self._deadline: dict[int, float] = {}  # unanswered and queued flows: give up then
         self._running: set[int] = set()
         self._outbox: deque[bytes] = deque()
+        self._later: deque[bytes] = deque()  # OPENs of flows that have started by the board
         self._timer: asyncio.TimerHandle | None = None
         self._retry_at = 0.0
         self._counts: Counter[str] = Counter()
@@ -94,6 +101,7 @@ class AgentGate:
             sock.close()
             return False
         self._sock = sock
+        self._greeted, self._board = False, None
         self._counts["connected"] += 1
         self._loop.add_reader(sock.fileno(), self._readable)
         return True
@@ -102,12 +110,30 @@ class AgentGate:
         if self._sock is None and (time.monotonic() < self._retry_at or not self._connect()):
             self._fail_open(flow, "absent")
             return
-        self._deadline[flow] = time.monotonic() + _ANSWER_TIMEOUT_S
-        self._send(
-            _OPEN_PACKET.pack(
-                _MAGIC, _VERSION, _OPEN, flow, 0, _NO_CLASS, 0, size_bytes, b"", self._domain
-            )
+        offer = None
+        if self._board is not None:
+            offer = self._board.start(flow, size_bytes, self._domain, has_peer=False)
+        if offer is None:
+            self._deadline[flow] = time.monotonic() + _ANSWER_TIMEOUT_S
+        else:
+            self._counts["by_board"] += 1
+            self._running.add(flow)
+            index, dscp, priority, early, _ = offer
+            self._on_turn(flow, Turn(index, "", dscp, priority, early))
+        flags = 0 if offer is None else _STARTED
+        packet = _OPEN_PACKET.pack(
+            _MAGIC, _VERSION, _OPEN, flow, flags, _NO_CLASS, 0, size_bytes, b"", self._domain
         )
+        if offer is None:
+            self._send(packet)
+        else:
+            self._later.append(packet)
+            self._loop.call_soon(self._send_later)
+
+    def _send_later(self) -> None:
+        """The request has left: now the agent may take the processor."""
+        while self._later:
+            self._put(self._later.popleft())
 
     def announce(self, flow: int) -> None:
         if flow in self._running:
@@ -122,6 +148,10 @@ class AgentGate:
             self._send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, flow))
 
     def _send(self, packet: bytes) -> None:
+        self._send_later()  # an OPEN goes before what follows it
+        self._put(packet)
+
+    def _put(self, packet: bytes) -> None:
         if self._sock is None:
             return
         if not self._outbox:
@@ -153,7 +183,11 @@ class AgentGate:
             if self._sock is None:
                 return
             try:
-                packet = self._sock.recv(512)
+                if self._greeted:
+                    packet = self._sock.recv(512)
+                else:
+                    packet, fds, _, _ = socket.recv_fds(self._sock, 512, 1)
+                    self._greeted, self._board = True, received_board(packet, fds)
             except BlockingIOError:
                 return
             except OSError:
@@ -167,20 +201,25 @@ class AgentGate:
         _, _, kind, flow = _HEADER.unpack_from(packet)
         if kind == _GRANT:
             values = _GRANT_PACKET.unpack(packet)
-            if self._deadline.pop(flow, None) is None:
-                return
-            self._running.add(flow)
             index, dscp, reason, priority, early = (values[i] for i in (5, 6, 7, 10, 11))
+            if self._board is not None:
+                self._board.settled(flow)
+            if self._deadline.pop(flow, None) is not None:
+                self._running.add(flow)
+            elif flow not in self._running or not reason:
+                return  # given up, or started by the board and in order
             degraded = _REASONS[reason] if reason < len(_REASONS) else "policy"
             self._on_turn(flow, Turn(index, degraded, dscp, priority, early))
         elif kind == _QUEUED:
             wait_ms = _QUEUED_PACKET.unpack(packet)[8]
             if flow in self._deadline:
                 self._deadline[flow] = time.monotonic() + wait_ms / 1e3 + _WAIT_GRACE_S
-        elif kind == _ERROR and flow in self._deadline:
+        elif kind == _ERROR:
+            if self._board is not None:
+                self._board.settled(flow)
             self._counts[packet[12:].decode(errors="replace")[:80]] += 1
-            del self._deadline[flow]
-            self._fail_open(flow, "refused")
+            if self._deadline.pop(flow, None) is not None:
+                self._fail_open(flow, "refused")
 
     def _check(self) -> None:
         """Flows whose answer is overdue start; a lost agent is tried again."""
@@ -212,8 +251,9 @@ class AgentGate:
             if self._outbox:
                 self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
-        self._sock = None
+        self._sock, self._board = None, None
         self._outbox.clear()
+        self._later.clear()
 
     def counters(self) -> dict[str, Any]:
         return {"kind": "agent", **self._counts}

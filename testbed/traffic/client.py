@@ -246,7 +246,10 @@ class Client:
 
     def _granted(self, index: int, turn: Turn) -> None:
         flow = self.stalled.get(index)
-        if flow is None or flow.turn is not None:
+        if flow is None:
+            return
+        if flow.turn is not None:
+            flow.turn = turn  # it started by the board and was not alone
             return
         flow.granted = time.monotonic()
         flow.turn = turn

@@ -14,7 +14,14 @@ from typing import Final
 
 from intentd.core.errors import InputError, StateError
 from intentd.core.flows.fin import Fin
-from intentd.core.flows.gate import MAX_FLOWS, MAX_SIZE_BYTES, FlowGate, GateFullError, Release
+from intentd.core.flows.gate import (
+    MAX_FLOWS,
+    MAX_SIZE_BYTES,
+    RACED,
+    FlowGate,
+    GateFullError,
+    Release,
+)
 from intentd.core.flows.policy import UNLIMITED, ClassPolicy, DomainPolicy
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.member import (
@@ -82,10 +89,17 @@ class DomainGate:
     # -- flows ---------------------------------------------------------------------------------
 
     def arrive(
-        self, flow: int, size_bytes: int, *, now: float, class_index: int | None = None
+        self,
+        flow: int,
+        size_bytes: int,
+        *,
+        now: float,
+        class_index: int | None = None,
+        started: bool = False,
     ) -> list[Release]:
         """A flow wants to send; its own release comes back when it may start at once.
 
+        started: it sends already, because ``admits`` told its class was free.
         Raises InputError for a bad size or class, GateFullError, StateError for an id in use.
         """
         if not 0 <= size_bytes <= MAX_SIZE_BYTES:  # NaN fails too
@@ -99,8 +113,12 @@ class DomainGate:
         entry = _Flow(size_bytes, now, class_index, _GATE)
         self._flows[flow] = entry
         if self._all_local:  # not _route and _out: this is every flow's way where no host asks
-            released = self._gate.arrive(flow, size_bytes, now=now, class_index=class_index)
+            released = self._gate.arrive(
+                flow, size_bytes, now=now, class_index=class_index, started=started
+            )
             return self._marked(released)
+        if started:
+            return self._out([self._started(flow, entry, now)], now)
         return self._out(self._route(flow, entry, now), now)
 
     def finish(self, flow: int, *, now: float) -> list[Release]:
@@ -258,6 +276,14 @@ class DomainGate:
             for index, length in enumerate(self._gate.queue_lengths())
         ]
 
+    def admits(self) -> list[bool]:
+        """Per class, whether the next arrival starts at once; never where hosts take turns."""
+        free = self._gate.admits()
+        if not self._all_local:
+            for index, cls in enumerate(self.policy.classes):
+                free[index] = free[index] and not _takes_turns(cls)
+        return free
+
     def active(self) -> list[int]:
         """Flows sending, announced ones too, per class."""
         counts = self._gate.active()
@@ -298,6 +324,18 @@ class DomainGate:
         if entry.arrived < now:
             heappush(self._deadlines, (entry.arrived, flow))
         return self._gate.arrive(flow, entry.size_bytes, now=now, class_index=entry.named)
+
+    def _started(self, flow: int, entry: _Flow, now: float) -> Release:
+        """A flow that did not wait. Where it should have, for a turn, it stands beside the order:
+        that class was not offered, so only a change of policy on its way brings it here."""
+        index = self._class_of(entry)
+        if self._needs_turn(entry, index):
+            entry.where = _LOOSE
+            return Release(flow, index, RACED)
+        (release,) = self._gate.arrive(
+            flow, entry.size_bytes, now=now, class_index=entry.named, started=True
+        )
+        return release
 
     def _out(self, released: list[Release], now: float) -> list[Release]:
         """After every call: move flows if the lease came or went, then mark and count."""

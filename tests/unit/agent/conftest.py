@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from intentd.agent.app_socket import AppSocket, SocketLimits
+from intentd.agent.board import Board
 from intentd.agent.domain import Domain
 from intentd.agent.marking import mark
 from intentd.agent.shell import GateShell
@@ -32,15 +33,21 @@ def small_policy(domain: str = "up", **fields: Any) -> DomainPolicy:
 class LocalAgent:
     """start and stop may be repeated, as an agent's restarts are."""
 
-    def __init__(self, path: Path, policy: DomainPolicy, limits: SocketLimits | None) -> None:
+    def __init__(
+        self, path: Path, policy: DomainPolicy, limits: SocketLimits | None, board: bool
+    ) -> None:
         self.path = path
         self.policy = policy
         self.limits = limits
+        self.with_board = board
         self.start()
 
     def start(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.shell = GateShell(now=time.monotonic, mark=mark, boot=7, woken=self._wake)
+        self.board = Board() if self.with_board else None
+        self.shell = GateShell(
+            now=time.monotonic, mark=mark, boot=7, woken=self._wake, board=self.board
+        )
         gate = DomainGate(self.policy, name="test", boot=7)
         self.domain = Domain(self.policy.domain, self.policy, gate)
         self.shell.set_domains([self.domain], [], self.policy.domain)
@@ -71,6 +78,8 @@ class LocalAgent:
     def stop(self) -> None:
         if not self.loop.is_closed():
             self.call(self.socket.close)
+            if self.board is not None:
+                self.board.close()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join(30)
             self.loop.close()
@@ -78,13 +87,15 @@ class LocalAgent:
 
 @pytest.fixture
 def local_agent(tmp_path: Path) -> Iterator[Callable[..., LocalAgent]]:
-    """Start an agent: ``local_agent(policy=..., limits=...)``."""
+    """Start an agent: ``local_agent(policy=..., limits=..., board=...)``."""
     with contextlib.ExitStack() as stack:
 
         def start(
-            policy: DomainPolicy | None = None, limits: SocketLimits | None = None
+            policy: DomainPolicy | None = None,
+            limits: SocketLimits | None = None,
+            board: bool = False,
         ) -> LocalAgent:
-            agent = LocalAgent(tmp_path / "agent.sock", policy or small_policy(), limits)
+            agent = LocalAgent(tmp_path / "agent.sock", policy or small_policy(), limits, board)
             stack.callback(agent.stop)
             return agent
 

@@ -140,7 +140,7 @@ def changed(offset: int, raw: bytes) -> bytes:
         (changed(3, b"\4"), wire.E_MALFORMED, "type: got 'GRANT', expected HELLO, OPEN"),
         (changed(3, b"\xff"), wire.E_MALFORMED, "type: got 255, expected HELLO, OPEN"),
         (changed(0, b"") + b"x", wire.E_MALFORMED, "OPEN packet length: got 105, expected 104"),
-        (changed(8, b"\0\4"), wire.E_VALUE, "OPEN.flags: got 4, expected bits 0 and 1 only"),
+        (changed(8, b"\0\x08"), wire.E_VALUE, "OPEN.flags: got 8, expected bits 0 to 2 only"),
         (changed(8, b"\0\2"), wire.E_VALUE, "OPEN.flags: got 2, expected bit 1 only with bit 0"),
         (changed(12, b"\5"), wire.E_VALUE, "OPEN.family: got 5, expected 0 (no peer), 4 or 6"),
         (changed(12, b"\0"), wire.E_VALUE, "OPEN.peer: got"),

@@ -31,7 +31,7 @@ class Peer:
         self.flows: dict[int, Any] = {}
         self.got: list[Any] = []
 
-    def send(self, packet: bytes) -> None:
+    def send(self, packet: bytes, fd: int | None = None) -> None:
         self.got.append(wire.decode_reply(packet))
 
     def take(self) -> list[Any]:
@@ -93,7 +93,7 @@ def test_the_grant_leaves_before_the_books_are_kept(
         seen.append((what, counted, meter.finished))
 
     class Watched(Peer):
-        def send(self, packet: bytes) -> None:
+        def send(self, packet: bytes, fd: int | None = None) -> None:
             note(type(wire.decode_reply(packet)).__name__)
 
     a, b = Watched(1), Watched(2)

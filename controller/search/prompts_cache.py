@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +20,9 @@ from intentd.core.prompts.cache.gate import FEATURES, GateModel, content_stems, 
 from intentd.core.prompts.router import Array
 
 NEAREST: Final = 4
-MOST_QUERIES: Final = 5000
+FOLDS: Final = 3
+# fewer rows a label than this: whole labels are held out, as a new question would be
+FEW_OF_A_LABEL: Final = 15
 REPEATED: Final = 0.7
 EDITS_OF_EACH: Final = 600
 EDITED_MOST: Final = 0.02
@@ -45,7 +47,7 @@ EDIT_WEIGHT: Final = 2000.0
 BALANCED_AT: Final = 0.03
 BALANCING_ROUNDS: Final = 3
 MOST_PENALTY: Final = 8.0
-# below so many held-out queries a threshold at 3 % is a matter of a few texts
+# below so many queries a threshold at 3 % is a matter of a few texts
 ENOUGH_HELD: Final = 500
 SMALL_SET_PENALTY: Final = 1.5
 
@@ -191,23 +193,22 @@ def pair_features(
     )
 
 
-@dataclass(slots=True)
-class _Examples:
-    """What a gate is fitted on: candidates by data set, edits and rewordings."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one gate is fitted on: candidates by data set, edits and rewordings."""
 
     sets: dict[str, Candidates]
     wrong: Array
     same: Array
 
-    def fit(self, penalties: Mapping[str, float], *, held: bool) -> Any:
-        """Trees over all queries, or over those not held out for `penalties`."""
+    def fit(self, penalties: Mapping[str, float]) -> Any:
+        """Trees over all of it. penalties: what a false hit of a set weighs."""
         import lightgbm
 
         tables, rights, weights = [], [], []
         for name, found in self.sets.items():
-            rows = ~_held(found) if held else np.ones(len(found.right), bool)
-            right = found.right[rows].reshape(-1)
-            tables.append(found.features[rows].reshape(-1, len(FEATURES)))
+            right = found.right.reshape(-1)
+            tables.append(found.features.reshape(-1, len(FEATURES)))
             rights.append(right.astype(float))
             even = SET_WEIGHT / len(right)
             weights.append(np.where(right, even, even * penalties[name]))
@@ -220,95 +221,119 @@ class _Examples:
         )
         return lightgbm.train(dict(OPTIONS), data, ROUNDS)
 
-    def penalties(self) -> dict[str, float]:
-        """How much a false hit weighs by data set, so that one threshold fits them all.
 
-        Sets differ in how near their labels lie (the intents of one bank beside 150 of all
-        kinds). On held-out queries each set's own threshold for BALANCED_AT is found; where it
-        lies above the others', false hits weigh more. Small sets take a fixed weight.
-        """
-        found = {
-            name: 1.0 if int(_held(one).sum()) >= ENOUGH_HELD else SMALL_SET_PENALTY
-            for name, one in self.sets.items()
-        }
-        large = [name for name, penalty in found.items() if penalty == 1.0]
-        if len(large) < 2:
-            return found
-        for _ in range(BALANCING_ROUNDS):
-            booster = self.fit(found, held=True)
-            wanted = {}
-            for name in large:
-                candidates = self.sets[name]
-                rows = _held(candidates)
-                odds = booster.predict(
-                    candidates.features[rows].reshape(-1, len(FEATURES)), raw_score=True
-                ).reshape(candidates.right[rows].shape)
-                wanted[name] = _threshold_at(odds, candidates.right[rows], BALANCED_AT)
-            least = min(wanted.values())
-            for name, value in wanted.items():
-                change = math.exp(value - least)
-                found[name] = min(MOST_PENALTY, max(1.0, found[name] * change))
-            lightest = min(found[name] for name in large)
-            for name in large:
-                found[name] /= lightest
-        return found
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def _held(found: Candidates) -> npt.NDArray[np.bool_]:
-    rows: npt.NDArray[np.bool_] = np.arange(len(found.right)) % 3 == 0
-    return rows
+def _part_of(rows: Rows, embed: Embed, idf: Mapping[str, float], seed: int) -> _Part:
+    streams = [stream_of(name, own, seed) for name, own in rows.items()]
+    texts = [text for stream in streams for text in (*stream.stored, *stream.queries)]
+    wrong = edited(texts, TRAINED_EDITS, seed)
+    same = reworded(texts, seed, len(wrong))
+    return _Part(
+        {stream.name: candidates_of(stream, embed, idf) for stream in streams},
+        pair_features(wrong, embed, idf),
+        pair_features(same, embed, idf),
+    )
 
 
-def _threshold_at(odds: Array, right: npt.NDArray[np.bool_], rate: float) -> float:
-    """The threshold at which that share of queries is served a wrong text."""
-    top = odds.argmax(axis=1)
-    every = np.arange(len(top))
-    best, correct = odds[every, top], right[every, top]
-    wrong = np.sort(best[~correct])[::-1]
-    allowed = int(rate * len(best))
-    return float(wrong[min(allowed, len(wrong) - 1)]) if len(wrong) else float(best.min())
+def _folds_of(rows: Sequence[Mapping[str, Any]], seed: int) -> npt.NDArray[np.int64]:
+    """A fold for each row: whole labels where they are small, rows where labels recur."""
+    labels = [str(row.get("label")) if "text" in row else str(row.get("a")) for row in rows]
+    if len(rows) >= FEW_OF_A_LABEL * len(set(labels)):
+        return np.random.default_rng(seed).permutation(np.arange(len(rows)) % FOLDS)
+    names = sorted(set(labels))
+    random.Random(seed).shuffle(names)
+    fold = {name: place % FOLDS for place, name in enumerate(names)}
+    return np.array([fold[label] for label in labels])
+
+
+def _idf(rows: Rows) -> dict[str, float]:
+    texts = []
+    for own in rows.values():
+        for row in own:
+            texts += [str(row["text"])] if "text" in row else [str(row["a"]), str(row["b"])]
+    return idf_of(texts)
 
 
 def fit_gate(
-    train: Mapping[str, Sequence[Mapping[str, Any]]],
+    train: Rows,
     embed: Embed,
     *,
+    max_false_hit: float = 0.03,
     seed: int = 0,
     progress: Progress | None = None,
-) -> GateModel:
-    """One gate for all data sets: neighbours with equal and other labels, edits, rewordings."""
-    streams = [stream_of(name, rows, seed) for name, rows in train.items()]
-    texts = [text for stream in streams for text in (*stream.stored, *stream.queries)]
-    idf = idf_of(texts)
-    sets = {}
-    for stream in streams:
-        rng = random.Random(seed)
-        count = len(stream.queries)
-        rows = sorted(rng.sample(range(count), min(MOST_QUERIES, count)))
-        part = replace(
-            stream,
-            queries=[stream.queries[row] for row in rows],
-            query_labels=[stream.query_labels[row] for row in rows],
-        )
+) -> tuple[GateModel, dict[str, Any]]:
+    """One gate for all data sets, and its one threshold.
+
+    Fitted on neighbours with equal and other labels, edits, rewordings. The threshold, and how
+    much a false hit of each set weighs so that one threshold fits them all (sets differ in how
+    near their labels lie), come from queries and stores the folds' gates have not seen; these are
+    reported with the model.
+    """
+
+    def say(text: str) -> None:
         if progress is not None:
-            progress(f"neighbours of {stream.name}")
-        sets[stream.name] = candidates_of(part, embed, idf)
-    if progress is not None:
-        progress("edits and rewordings")
-    wrong = edited(texts, TRAINED_EDITS, seed)
-    same = reworded(texts, seed, len(wrong))
-    examples = _Examples(sets, pair_features(wrong, embed, idf), pair_features(same, embed, idf))
-    if progress is not None:
-        progress("fitting")
-    penalties = examples.penalties() if len(sets) > 1 else dict.fromkeys(sets, 1.0)
-    booster = examples.fit(penalties, held=False)
-    return GateModel(tree_arrays(booster), idf, 0.5)
+            progress(text)
+
+    folds = {name: _folds_of(rows, seed) for name, rows in train.items()}
+    parts: list[tuple[_Part, dict[str, float], Rows]] = []
+    for fold in range(FOLDS):
+        say(f"neighbours {fold + 1}/{FOLDS + 1}")
+        rest, own = (
+            {
+                name: [
+                    row
+                    for row, at in zip(rows, folds[name], strict=True)
+                    if bool(at == fold) is held
+                ]
+                for name, rows in train.items()
+            }
+            for held in (False, True)
+        )
+        idf = _idf(rest)
+        parts.append((_part_of(rest, embed, idf, seed), idf, own))
+    candidates = [prepare(own, embed, idf, seed) for _, idf, own in parts]
+    sizes = {name: sum(len(c.sets[name].right) for c in candidates) for name in train}
+    penalties = {
+        name: 1.0 if size >= ENOUGH_HELD else SMALL_SET_PENALTY for name, size in sizes.items()
+    }
+    large = [name for name, size in sizes.items() if size >= ENOUGH_HELD]
+    rounds = BALANCING_ROUNDS if len(large) > 1 else 1
+    for turn in range(rounds):
+        say(f"fitting folds {turn + 1}/{rounds}")
+        held = [
+            scored(GateModel(tree_arrays(part.fit(penalties)), idf, 0.5), ready)
+            for (part, idf, _), ready in zip(parts, candidates, strict=True)
+        ]
+        measured = merged(held)
+        if turn + 1 < rounds:
+            penalties = _balanced(penalties, large, measured)
+    threshold = choose_threshold(measured, max_false_hit)
+    say("fitting all")
+    idf = _idf(train)
+    booster = _part_of(train, embed, idf, seed).fit(penalties)
+    chosen = {"folds": FOLDS, **report(measured, threshold)}
+    return GateModel(tree_arrays(booster), idf, threshold), chosen
 
 
-def chances(model: GateModel, table: Array) -> Array:
-    flat = table.reshape(-1, table.shape[-1])
-    found = np.array([model.chance(list(row)) for row in flat])
-    return found.reshape(table.shape[:-1])
+def _balanced(
+    penalties: Mapping[str, float], large: Sequence[str], measured: Measured
+) -> dict[str, float]:
+    """Weigh false hits more where a set's own threshold for BALANCED_AT is higher than others'."""
+    wanted = {}
+    for name in large:
+        best, right = measured.best[name]
+        wrong = np.sort(best[~right])[::-1]
+        place = min(int(BALANCED_AT * len(best)), len(wrong) - 1)
+        chance = float(wrong[place]) if len(wrong) else float(best.min())
+        wanted[name] = math.log(max(chance, 1e-6) / max(1.0 - chance, 1e-6))
+    least = min(wanted.values())
+    found = dict(penalties)
+    for name, value in wanted.items():
+        found[name] = min(MOST_PENALTY, max(1.0, found[name] * math.exp(value - least)))
+    lightest = min(found[name] for name in large)
+    return {name: value / lightest if name in large else value for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,34 +346,79 @@ class Measured:
     rewordings: Array
 
 
-def measure(
-    model: GateModel, test: Mapping[str, Sequence[Mapping[str, Any]]], embed: Embed, seed: int
-) -> Measured:
-    best = {}
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything of some rows that does not depend on a gate's trees, only on its idf."""
+
+    sets: dict[str, Candidates]
+    edits: dict[str, Array]
+    other_edits: dict[str, Array]
+    rewordings: Array
+
+
+def prepare(test: Rows, embed: Embed, idf: Mapping[str, float], seed: int) -> Prepared:
+    sets = {}
     texts: list[str] = []
     for name, rows in test.items():
         stream = stream_of(name, rows, seed)
-        found = candidates_of(stream, embed, model.idf)
-        scores = chances(model, found.features)
-        top = scores.argmax(axis=1)
-        every = np.arange(len(top))
-        best[name] = (scores[every, top], found.right[every, top])
+        sets[name] = candidates_of(stream, embed, idf)
         texts += [*stream.stored, *stream.queries]
 
     def by_kind(edits: Mapping[str, Edit]) -> dict[str, Array]:
         pairs = edited(texts, edits, seed + 1)
         if not pairs:
             return {}
-        scores = chances(model, pair_features(pairs, embed, model.idf))
+        table = pair_features(pairs, embed, idf)
         kinds = np.array([kind for kind, _, _ in pairs])
-        return {kind: scores[kinds == kind] for kind in edits if (kinds == kind).any()}
+        return {kind: table[kinds == kind] for kind in edits if (kinds == kind).any()}
 
     same = reworded(texts, seed + 1, 1500)
+    return Prepared(
+        sets, by_kind(TRAINED_EDITS), by_kind(OTHER_EDITS), pair_features(same, embed, idf)
+    )
+
+
+def scored(model: GateModel, ready: Prepared) -> Measured:
+    best = {}
+    for name, found in ready.sets.items():
+        scores = model.chances(found.features)
+        top = scores.argmax(axis=1)
+        every = np.arange(len(top))
+        best[name] = (scores[every, top], found.right[every, top])
     return Measured(
         best,
-        by_kind(TRAINED_EDITS),
-        by_kind(OTHER_EDITS),
-        chances(model, pair_features(same, embed, model.idf)),
+        {kind: model.chances(table) for kind, table in ready.edits.items()},
+        {kind: model.chances(table) for kind, table in ready.other_edits.items()},
+        model.chances(ready.rewordings),
+    )
+
+
+def measure(model: GateModel, test: Rows, embed: Embed, seed: int) -> Measured:
+    return scored(model, prepare(test, embed, model.idf, seed))
+
+
+def merged(parts: Sequence[Measured]) -> Measured:
+    """As if they had been measured at once."""
+
+    def by_kind(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        kinds = dict.fromkeys(kind for table in tables for kind in table)
+        return {
+            kind: np.concatenate([table[kind] for table in tables if kind in table])
+            for kind in kinds
+        }
+
+    best = {
+        name: (
+            np.concatenate([part.best[name][0] for part in parts]),
+            np.concatenate([part.best[name][1] for part in parts]),
+        )
+        for name in parts[0].best
+    }
+    return Measured(
+        best,
+        by_kind([part.edits for part in parts]),
+        by_kind([part.other_edits for part in parts]),
+        np.concatenate([part.rewordings for part in parts]),
     )
 
 

@@ -18,6 +18,7 @@ from intentd.core.prompts.cascade import (
     FEATURES,
     AgreementModel,
     Answered,
+    TrainedCascade,
     agreement_features,
     final_answer,
     normal_answer,
@@ -26,18 +27,28 @@ from intentd.core.prompts.router import Array
 
 RIDGE: Final = 5.0
 STEPS: Final = 25
+FOLDS: Final = 10
 SCORE_PREFIX: Final = "score_"
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One row a prompt. doubt: what is compared with the threshold (more is worse)."""
+    """One row a prompt: qualities and costs of both answers, and what tells of a wrong first."""
 
     quality_first: Array
     quality_second: Array
     cost_first: Array
     cost_second: Array
     features: Array
+
+    def part(self, rows: npt.NDArray[Any]) -> Replay:
+        return Replay(
+            self.quality_first[rows],
+            self.quality_second[rows],
+            self.cost_first[rows],
+            self.cost_second[rows],
+            self.features[rows],
+        )
 
 
 def replay_of(
@@ -104,6 +115,27 @@ def cheapest_threshold(doubt: Array, replay: Replay, max_loss: float) -> float:
         return 0.0
     place = int(fits[-1])
     return 1.0 if place == len(doubt) - 1 else float(doubt[order[place + 1]])
+
+
+def fit_cascade(
+    replay: Replay, *, max_loss: float, seed: int = 0
+) -> tuple[TrainedCascade, dict[str, Any]]:
+    """The agreement model of all rows; its threshold from rows the folds' models have not seen.
+
+    Also what the threshold did on those rows. Raises InputError for fewer rows than folds.
+    """
+    count = len(replay.quality_first)
+    if count < 2 * FOLDS:
+        raise InputError("--train", count, f"at least {2 * FOLDS} prompts all models answered")
+    folds = np.random.default_rng(seed).permutation(np.arange(count) % FOLDS)
+    doubt = np.zeros(count)
+    for fold in range(FOLDS):
+        own = folds == fold
+        doubt[own] = doubts(fit_agreement(replay.part(~own)), replay.part(own))
+    threshold = cheapest_threshold(doubt, replay, max_loss)
+    chosen = score_cascade(doubt >= threshold, replay, seed=seed)
+    kept = {key: chosen[key] for key in ("n", "loss", "cost_share", "escalated")}
+    return TrainedCascade(fit_agreement(replay), threshold), {"folds": FOLDS, **kept}
 
 
 def score_cascade(

@@ -8,13 +8,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from intentd.core.errors import InputError
 
+TRAIN: Final = "train"
+TEST: Final = "test"
 Embed = Callable[[Sequence[str]], npt.NDArray[Any]]
 
 
@@ -44,6 +46,45 @@ def of_split(rows: Iterable[dict[str, Any]], split: str) -> list[dict[str, Any]]
     """The rows of a split, or all of them when the file has no splits."""
     listed = list(rows)
     return [row for row in listed if row.get("split", split) == split]
+
+
+def train_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows to learn and choose from: the train rows of files with splits, else all rows.
+
+    Raises InputError when there are none.
+    """
+    rows = [row for path in paths for row in of_split(read_rows(path), TRAIN)]
+    if not rows:
+        raise InputError("--train", [str(path) for path in paths], "files with train rows")
+    return rows
+
+
+def reported_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows to report on: the test rows of a file that has them, else all that are not train rows.
+
+    Raises InputError when there are none: what was learned from is never reported on.
+    """
+    rows = read_rows(path)
+    kept = [row for row in rows if row.get("split") == TEST]
+    kept = kept or [row for row in rows if row.get("split") != TRAIN]
+    if not kept:
+        raise InputError("--test", str(path), "a file with rows that are not train rows")
+    return kept
+
+
+def set_name(path: Path) -> str:
+    """A data set's name: its file's, without endings."""
+    return path.name.split(".")[0]
+
+
+def provenance(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Name, size and hash of the files a model was learned from."""
+    found = []
+    for path in paths:
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        found.append({"file": path.name, "bytes": len(data), "sha256": digest})
+    return found
 
 
 class CachedEmbedder:

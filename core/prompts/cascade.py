@@ -170,6 +170,21 @@ class AgreementModel:
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, total))))
 
 
+@dataclass(frozen=True, slots=True)
+class TrainedCascade:
+    """An agreement cascade fitted for its models: escalate where the chance reaches threshold."""
+
+    agreement: AgreementModel
+    threshold: float
+    first: str = ""
+    compared: tuple[str, ...] = ()
+    second: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise InputError("threshold", self.threshold, "a chance from 0 to 1")
+
+
 # Before anything was learned: wrong unless most agree. Length and style do not count.
 PRIOR_AGREEMENT: Final = AgreementModel(
     weights=(-2.0, 1.0, 1.0, 0.5, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0),

@@ -1,10 +1,10 @@
 """The learned router: what the dear model is expected to gain over the cheap one on a prompt.
 
-Inference alone, on arrays that `controller.search.prompts_routing` fitted: several heads (linear
-over TF-IDF terms, linear and boosted trees over an embedding's main components and the prompt's
-shape, neighbours) foretell the gain and what goes with it; a linear stack makes one gain of them.
-A prompt unlike all that was learned from gets the mean gain and is told as not known: routers do
-not carry over between kinds of prompts (measured: worse than a coin).
+Inference alone, on arrays that `controller.search.prompts_routing` fitted: four heads (linear over
+TF-IDF terms, linear and boosted trees over an embedding's main components and the prompt's shape,
+neighbours) foretell the gain; a weighted sum makes one gain of them. A prompt unlike all that was
+learned from gets the mean gain and is told as not known: routers do not carry over between kinds
+of prompts (measured: worse than a coin).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -33,8 +33,11 @@ _ARITHMETIC: Final = re.compile(
     r"\b(?:each|every|per|times|twice|half|total|left|remaining|more than|less than)\b",
     re.IGNORECASE,
 )
+_OPTION: Final = re.compile(r"^[(]?[A-J][.)] ?(.*)$", re.MULTILINE)
+_YEAR: Final = re.compile(r"\b(?:1[5-9]|20)\d\d\b")
+_CASE: Final = re.compile(r"\b(?:he|she|patient|year-old)\b", re.IGNORECASE)
 MAX_CHARS: Final = 20_000
-SHAPE_COUNT: Final = 17
+SHAPE_COUNT: Final = 36
 
 
 def terms(prompt: str) -> Counter[str]:
@@ -46,7 +49,7 @@ def terms(prompt: str) -> Counter[str]:
 
 
 def shape(prompt: str) -> list[float]:
-    """SHAPE_COUNT numbers on how a prompt looks: length, numbers, marks, negation."""
+    """SHAPE_COUNT numbers on how a prompt looks: length, numbers, marks, negation, its options."""
     text = prompt[:MAX_CHARS]
     words = text.split()
     numbers = [float(one) for one in _NUMBER.findall(text)]
@@ -69,6 +72,38 @@ def shape(prompt: str) -> list[float]:
         float(text.count("/")),
         float(text.count("_")),
         float("|" in text),
+        *_options_shape(text),
+    ]
+
+
+def _options_shape(text: str) -> list[float]:
+    """How the question and its lettered options look; a prompt without options has none."""
+    options = _OPTION.findall(text)
+    stem = _OPTION.split(text, maxsplit=1)[0] if options else text
+    low, ending = text.lower(), stem.rstrip()
+    lengths = [len(option) for option in options] or [0]
+    mean = sum(lengths) / len(lengths)
+    words = " ".join(options).lower().split()
+    return [
+        float(len(stem)),
+        mean,
+        float(max(lengths)),
+        float(min(lengths)),
+        math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths)),
+        float(sum(option.lstrip("-$ ")[:1].isdigit() for option in options)),
+        float("statement 1" in low),
+        float("which of the following" in low),
+        float(ending.endswith("?")),
+        float(ending.endswith(":")),
+        float("__" in text),
+        float(text.count("\\")),
+        sum(char in "=+^*<>" for char in text) / max(1, len(text)),
+        float("following" in low),
+        len(set(words)) / max(1, len(words)),
+        float(stem.count(".")),
+        float(any(o.lower().startswith(("all of", "none of", "both")) for o in options)),
+        float(len(_YEAR.findall(text))),
+        float(bool(_CASE.search(text))),
     ]
 
 
@@ -123,6 +158,23 @@ class Trees:
             next_node = np.where(goes_left, self.left[rows, node], self.right[rows, node])
             node = np.where(inner, next_node, node)
 
+    def sums(self, features: Array) -> Array:
+        """`sum` of many rows at a time. features: (rows, features)."""
+        total = np.zeros(len(features))
+        every = np.arange(len(features))
+        for tree in range(len(self.feature)):
+            node = np.zeros(len(features), np.int64)
+            while True:
+                split = self.feature[tree, node]
+                inner = split >= 0
+                if not inner.any():
+                    break
+                left = features[every, np.maximum(split, 0)] <= self.threshold[tree, node]
+                follow = np.where(left, self.left[tree, node], self.right[tree, node])
+                node = np.where(inner, follow, node)
+            total += self.value[tree, node]
+        return total
+
 
 @dataclass(frozen=True, slots=True)
 class RouterModel:
@@ -154,6 +206,11 @@ class RouterModel:
     least_similarity: float
     labels: int
 
+    def renamed(self, names: Mapping[str, str]) -> RouterModel:
+        """The same for a pool that calls the models by other names."""
+        weak, strong = (names.get(name, name) for name in (self.weak, self.strong))
+        return replace(self, weak=weak, strong=strong)
+
     def dense(self, prompt: str, vector: npt.NDArray[Any]) -> Array:
         parts = (np.asarray(vector, np.float64) - self.middle) @ self.components
         return np.concatenate([parts, shape(prompt)])
@@ -162,14 +219,12 @@ class RouterModel:
         """(heads' values in the stack's order, similarity to what was learned from)."""
         dense = self.dense(prompt, vector)
         scaled = np.append((dense - self.dense_mean) / self.dense_scale, 1.0)
-        near, similarity = near_gain(
-            self.seen @ np.asarray(vector, np.float32), self.seen_gain, self.neighbours
-        )
-        trees = [one.sum(dense) for one in self.trees]
+        similarities = self.seen @ np.asarray(vector, np.float32)
+        near, similarity = near_gain(similarities, self.seen_gain, self.neighbours)
         parts = [
             self.text.heads(prompt) + self.text_intercepts,
             scaled @ self.linear,
-            np.array(trees),
+            np.array([one.sum(dense) for one in self.trees]),
             np.array([near]),
         ]
         return np.concatenate(parts), similarity

@@ -10,7 +10,7 @@ import typer
 from intentd.core.errors import InputError
 from intentd.core.prompts.money import format_dollars
 from intentd.core.units import parse_duration_s
-from intentd.daemons.ctl import prompts_evaluate
+from intentd.daemons.ctl import prompts_evaluate, prompts_train
 from intentd.daemons.ctl.output import JsonOption, message, print_json, print_table
 from intentd.daemons.ctl.reach import admin_client
 
@@ -18,6 +18,7 @@ app = typer.Typer(help="The language-model proxy: keys, spend, models.", no_args
 keys_app = typer.Typer(help="API keys of the proxy.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(prompts_evaluate.app, name="evaluate")
+app.add_typer(prompts_train.app, name="train")
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the key.")]
 ModelsOption = Annotated[

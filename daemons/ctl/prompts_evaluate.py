@@ -16,23 +16,43 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Decision quality on recorded outcomes.", no_args_is_help=True)
 
 TrainOption = Annotated[
-    list[Path], typer.Option(help="Files to learn from; of rows with splits, the train rows.")
+    list[Path] | None,
+    typer.Option(help="Files to learn and choose from; of rows with splits, the train rows."),
+]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="A trained model's file, instead of --train.")
 ]
 TestOption = Annotated[
-    Path, typer.Option(help="File to report on; of rows with splits, the dev rows.")
+    Path, typer.Option(help="File to report on; of rows with splits, those that are not train.")
 ]
 
 
-def _rows(paths: list[Path], split: str) -> list[dict[str, Any]]:
-    from intentd.controller.search.prompts_data import of_split, read_rows
+def _reported(path: Path) -> list[dict[str, Any]]:
+    from intentd.controller.search.prompts_data import reported_rows
 
-    rows = [row for path in paths for row in of_split(read_rows(path), split)]
-    if not rows:
-        raise InputError("files", [str(path) for path in paths], f"rows of the split {split!r}")
-    return rows
+    return reported_rows(path)
 
 
-def _embedder() -> CachedEmbedder:
+def _one_of(train: list[Path] | None, model: Path | None) -> list[Path]:
+    """The files to learn from, [] when a trained model is given. Raises InputError."""
+    if bool(train) == (model is not None):
+        given = "both" if train else "neither"
+        raise InputError("--train, --model", given, "one of the two")
+    return train or []
+
+
+def load_model(path: Path, kind: str) -> Any:
+    """The model of a file. Raises InputError."""
+    from intentd.core.prompts.modelfile import decode_model
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError("--model", str(path), f"a readable file ({error.strerror})") from None
+    return decode_model(data, name=str(path), kind=kind).model
+
+
+def embedder() -> CachedEmbedder:
     try:
         from intentd.controller.search.prompts_data import CachedEmbedder, default_cache
         from intentd.proxy.minilm import MiniLM
@@ -63,60 +83,83 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
 
 @app.command("routing")
 def routing(
-    train: TrainOption,
     test: TestOption,
     weak: Annotated[str, typer.Option(help="The cheap model's name in the files.")],
     strong: Annotated[str, typer.Option(help="The dear model's name in the files.")],
+    train: TrainOption = None,
+    model: ModelOption = None,
     labels: Annotated[
         int | None, typer.Option(min=1, help="Learn from so many of the prompts only.")
     ] = None,
+    other: Annotated[
+        list[Path] | None,
+        typer.Option(help="Other kinds of prompts: what a router of these alone does on the test."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Leave out the floor, the few labels and the other kinds.")
+    ] = False,
     seed: int = 0,
     json: JsonOption = False,
 ) -> None:
-    """Learn a router and report APGR and the strong calls for 50 % and 80 % of the gap."""
-    from intentd.controller.search.prompts_routing import (
-        evaluate_routing,
-        fit_router,
-        outcomes_of,
-        sample,
-    )
+    """Learn a router and report APGR and the strong calls for 50 % and 80 % of the gap.
 
-    learned = outcomes_of(_rows(train, "train"), weak, strong)
-    if labels is not None:
-        learned = sample(learned, labels, seed)
-    tested = outcomes_of(_rows([test], "dev"), weak, strong, helpers=False)
-    embed = _embedder()
-    model = fit_router(learned, embed, weak=weak, strong=strong, seed=seed, progress=message)
-    _show(evaluate_routing(model, tested, embed, seed=seed), json)
+    With --train also: a TF-IDF ridge on the same labels as the floor (paired bootstrap), routers
+    of 200 labels, and one without labels of this kind of prompt (--other, else the train files'
+    other data sets).
+    """
+    from intentd.controller.search.prompts_routing import evaluate_routing, outcomes_of
+    from intentd.controller.search.prompts_training import routing_extras, train_routing
+
+    files = _one_of(train, model)
+    rows = _reported(test)
+    tested = outcomes_of(rows, weak, strong)
+    embed = embedder()
+    if model is not None:
+        router = load_model(model, "router")
+    else:
+        router, _ = train_routing(
+            files, embed, weak=weak, strong=strong, labels=labels, seed=seed, progress=message
+        )
+    result = evaluate_routing(router, tested, embed, seed=seed)
+    if files and not quick:
+        message("floor, few labels, other kinds of prompts")
+        result |= routing_extras(
+            router, files, other or [], rows, embed, weak=weak, strong=strong, seed=seed
+        )
+    _show(result, json)
 
 
 @app.command("cache")
 def cache(
-    train: TrainOption,
-    test: Annotated[list[Path], typer.Option(help="Files to report on; of splits, the dev rows.")],
+    test: Annotated[
+        list[Path], typer.Option(help="Files to report on; of splits, what is not train.")
+    ],
+    train: TrainOption = None,
+    model: ModelOption = None,
     max_false_hit: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Wrong answers a query, at most.")
     ] = 0.01,
     seed: int = 0,
     json: JsonOption = False,
 ) -> None:
-    """Fit the second gate, choose one threshold on the test files, report hits and edits.
+    """Fit the second gate and its one threshold on the train files; report hits and edits.
 
     Half of each file's items are stored, the others ask.
     """
-    from intentd.controller.search.prompts_cache import (
-        choose_threshold,
-        fit_gate,
-        measure,
-        report,
-    )
+    from intentd.controller.search.prompts_cache import measure, report
+    from intentd.controller.search.prompts_data import set_name
+    from intentd.controller.search.prompts_training import train_cache
 
-    embed = _embedder()
-    learned = {path.name.split(".")[0]: _rows([path], "train") for path in train}
-    tested = {path.name.split(".")[0]: _rows([path], "dev") for path in test}
-    model = fit_gate(learned, embed, seed=seed, progress=message)
-    measured = measure(model, tested, embed, seed)
-    _show(report(measured, choose_threshold(measured, max_false_hit)), json)
+    files = _one_of(train, model)
+    tested = {set_name(path): _reported(path) for path in test}
+    embed = embedder()
+    if model is not None:
+        gate = load_model(model, "cache")
+    else:
+        gate, _ = train_cache(
+            files, embed, max_false_hit=max_false_hit, seed=seed, progress=message
+        )
+    _show(report(measure(gate, tested, embed, seed), gate.threshold), json)
 
 
 @app.command("cascade")
@@ -131,9 +174,8 @@ def cascade(
         float | None,
         typer.Option(help="Judge: escalate below it (1-10). Else: chance of being wrong (0-1)."),
     ] = None,
-    train: Annotated[
-        list[Path] | None, typer.Option(help="Learn from agreement in these files.")
-    ] = None,
+    train: TrainOption = None,
+    model: ModelOption = None,
     max_loss: Annotated[
         float, typer.Option(help="Without --threshold: mean loss allowed on the train files.")
     ] = 0.01,
@@ -144,9 +186,10 @@ def cascade(
     import numpy as np
 
     from intentd.controller.search import prompts_cascade as study
+    from intentd.controller.search.prompts_training import train_cascade
     from intentd.core.prompts.cascade import PRIOR_AGREEMENT, check_threshold
 
-    rows = _rows([test], "dev")
+    rows = _reported(test)
     if study.has_judges(rows):
         if len(verifier) != 1 or threshold is None:
             raise InputError("--verifier, --threshold", verifier, "one judge and a threshold")
@@ -155,34 +198,39 @@ def cascade(
         result = study.score_cascade(np.asarray(escalated), replay, seed=seed)
         _show({**result, "threshold": threshold, "measured_by": other}, json)
         return
+    agreement = PRIOR_AGREEMENT
+    if train or model is not None:
+        files = _one_of(train, model)
+        if model is not None:
+            learned = load_model(model, "cascade")
+        else:
+            learned, _ = train_cascade(
+                files, first=m1, compared=verifier, second=m2, max_loss=max_loss, seed=seed
+            )
+        agreement = learned.agreement
+        threshold = learned.threshold if threshold is None else threshold
+    if threshold is None or not 0 <= threshold <= 1:
+        raise InputError("--threshold", threshold, "a chance from 0 to 1, or --train files")
     replay = study.replay_of(rows, m1, verifier, m2)
-    model = PRIOR_AGREEMENT
-    if train:
-        learned = study.replay_of(_rows(train, "train"), m1, verifier, m2)
-        model = study.fit_agreement(learned)
-        if threshold is None:
-            doubt = study.doubts(model, learned)
-            threshold = study.cheapest_threshold(doubt, learned, max_loss)
-    elif threshold is None:
-        raise InputError("--threshold", None, "a chance from 0 to 1, or --train files")
-    if not 0 <= threshold <= 1:
-        raise InputError("--threshold", threshold, "a chance from 0 to 1")
-    escalated = study.doubts(model, replay) >= threshold
+    escalated = study.doubts(agreement, replay) >= threshold
     result = study.score_cascade(np.asarray(escalated), replay, seed=seed)
     _show({**result, "threshold": round(threshold, 6)}, json)
 
 
 @app.command("context")
-def context(train: TrainOption, test: TestOption, json: JsonOption = False) -> None:
+def context(
+    test: TestOption, train: TrainOption = None, model: ModelOption = None, json: JsonOption = False
+) -> None:
     """Learn how many messages a turn needs; report tokens, turns with enough, needless ones."""
     import numpy as np
 
     from intentd.controller.search import prompts_context as study
+    from intentd.controller.search.prompts_training import train_context
 
-    model = study.fit_chooser(study.turns_of(_rows(train, "train")))
-    turns = study.turns_of(_rows([test], "dev"))
-    chances = study.predict(model, turns)
-    found = study.score(turns, chances, model.threshold, model.further)
+    files = _one_of(train, model)
+    turns = study.turns_of(_reported(test))
+    chooser = load_model(model, "context") if model is not None else train_context(files)[0]
+    found = study.score(turns, study.predict(chooser, turns), chooser.threshold, chooser.further)
     found["last_k"] = {
         str(k): study.count(turns, np.full(len(turns.needed), k)) for k in (0, 1, 2, 5)
     }

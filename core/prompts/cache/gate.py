@@ -20,7 +20,7 @@ import numpy as np
 
 from intentd.core.prompts.cache.lexicon import ENTITIES, NEGATIONS, NUMBER_WORDS, OPPOSITES, stem
 from intentd.core.prompts.request import Verdict
-from intentd.core.prompts.router import Trees
+from intentd.core.prompts.router import Array, Trees
 
 _WORD: Final = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+(?:[.,:]\d+)*|[^\W\d_]+")
 _CONTRACTED: Final = (
@@ -248,6 +248,12 @@ class GateModel:
     def chance(self, values: list[float]) -> float:
         odds = self.trees.sum(np.array(values))
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, odds))))
+
+    def chances(self, table: Array) -> Array:
+        """`chance` of many at a time. table: (..., FEATURES)."""
+        odds = self.trees.sums(table.reshape(-1, table.shape[-1]))
+        found: Array = 1.0 / (1.0 + np.exp(-np.clip(odds, -60.0, 60.0)))
+        return found.reshape(table.shape[:-1])
 
     def judge(self, prompt: str, key: str, similarity: float) -> Verdict:
         values = features(prompt, key, similarity, self.idf)

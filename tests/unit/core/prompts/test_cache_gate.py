@@ -101,16 +101,11 @@ def desk(count: int, seed: int) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(not FITS, reason="lightgbm is not installed")
 def test_a_fitted_gate_serves_rewordings_and_not_edits() -> None:
-    from intentd.controller.search.prompts_cache import (
-        choose_threshold,
-        fit_gate,
-        measure,
-        report,
-    )
+    from intentd.controller.search.prompts_cache import fit_gate, measure, report
 
-    model = fit_gate({"desk": desk(400, 1)}, embed)
-    measured = measure(model, {"desk": desk(200, 2)}, embed, 0)
-    result = report(measured, choose_threshold(measured, 0.03))
+    model, chosen = fit_gate({"desk": desk(400, 1)}, embed, max_false_hit=0.02)
+    assert chosen["false_hit_rate"] <= 0.02
+    result = report(measure(model, {"desk": desk(200, 2)}, embed, 0), model.threshold)
     assert result["hit_rate"] > 0.5
     assert result["false_hit_rate"] <= 0.03 <= result["false_hit_rate_95"] + 0.03
     assert result["edited_answered"] <= 0.02

@@ -38,10 +38,10 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 def test_agreement_finds_the_wrong_answers_at_a_part_of_the_cost() -> None:
     learned = study.replay_of(rows(400, 1), "cheap", ["second", "third"], "dear")
-    model = study.fit_agreement(learned)
-    threshold = study.cheapest_threshold(study.doubts(model, learned), learned, 0.02)
+    model, chosen = study.fit_cascade(learned, max_loss=0.02)
+    assert chosen["loss"] <= 0.02
     tested = study.replay_of(rows(300, 2), "cheap", ["second", "third"], "dear")
-    result = study.score_cascade(study.doubts(model, tested) >= threshold, tested)
+    result = study.score_cascade(study.doubts(model.agreement, tested) >= model.threshold, tested)
     assert result["loss"] < 0.06
     assert result["quality"] > result["quality_random"] + 0.1
     assert result["cost_share"] < 0.65

@@ -84,7 +84,7 @@ def test_a_router_learns_a_kind_of_prompt_and_is_neutral_on_another() -> None:
 
     learned = outcomes_of(outcomes(200, 1), "weak", "strong")
     model = fit_router(learned, embed, weak="weak", strong="strong")
-    test = outcomes_of(outcomes(150, 2), "weak", "strong", helpers=False)
+    test = outcomes_of(outcomes(150, 2), "weak", "strong")
     result = evaluate_routing(model, test, embed, draws=50)
     assert result["apgr"] > 0.65
     assert result["known"] > 0.9

@@ -131,6 +131,7 @@ class Exchange:
     encoded: bytes = b""
     trace: Trace | None = None
     rules: tuple[BudgetRule, ...] = ()
+    sequence: int = 0  # in its conversation
 
     @property
     def cost_nano(self) -> int:
@@ -156,6 +157,8 @@ class Exchange:
             plain = self.trace.to_plain()
             plain.pop("latency_s")
             calls = [step.to_plain() for step in self.steps]
+            if self.sequence:
+                plain["context"]["sequence"] = self.sequence
             return {**plain, "request_id": self.request_id, "models": calls, **whole}
         return {
             "request_id": self.request_id,

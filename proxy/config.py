@@ -274,6 +274,45 @@ class ConversationsSection(Section):
     )
 
 
+class StoreSection(Section):
+    """Where keys, budgets, books and conversations are kept."""
+
+    url: str = Field(
+        default="",
+        description="postgresql://USER@HOST/DATABASE for several proxies on one state (extra "
+        "proxy-postgres), without a password. Empty: proxy.sqlite in the state directory.",
+    )
+    password_env: str = Field(
+        default="", description="Environment variable that holds the database's password."
+    )
+    connections: int = Field(
+        default=8, description="Connections to the database at once, beside three of its own.", ge=1
+    )
+    timeout_s: Duration = Field(
+        default=5.0,
+        description="Longest wait for the database; then the request gets 503.",
+        gt=0,
+    )
+    lease_s: Duration = Field(
+        default=15.0,
+        description="A proxy not heard of for this long is taken for dead: its turns in "
+        "conversations pass on, its open reservations are settled in full.",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StoreSection:
+        if self.url:
+            parts = urlsplit(self.url)
+            if parts.scheme not in ("postgresql", "postgres"):
+                raise ConfigError("url", "(hidden)", "postgresql://USER@HOST/DATABASE")
+            if parts.password or "password=" in parts.query:
+                raise ConfigError("url", "(hidden)", "no password: it goes into password_env")
+        if self.password_env and not _ENV_NAME.match(self.password_env):
+            raise ConfigError("password_env", "(hidden)", "the NAME of an environment variable")
+        return self
+
+
 class ProxyConfig(DaemonConfig):
     """Everything intentd-proxy reads from its file."""
 
@@ -293,6 +332,9 @@ class ProxyConfig(DaemonConfig):
         default=ConversationsSection(), description="Conversations."
     )
     records: RecordsSection = Field(default=RecordsSection(), description="The request log.")
+    store: StoreSection = Field(
+        default=StoreSection(), description="Where the state is; a change needs a restart."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ProxyConfig:

@@ -1,4 +1,4 @@
-"""Conversations kept for clients that name one: on disk, and worked on one request at a time."""
+"""Conversations kept for clients that name one, in SQLite: worked on one request at a time."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from intentd.core.prompts.effects import Message
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.store import Store, StoreError
 from intentd.proxy.config import ConversationsSection
 from intentd.proxy.errors import ApiError
+from intentd.proxy.store import sqlite
+from intentd.proxy.store.base import Turn
+from intentd.proxy.store.grouped import Grouped
+
+PRUNE_EVERY: Final = 1000
+REMEMBER_S: Final = 86400.0
 
 
 class Conversations:
-    """Messages by (key, conversation); no key sees another's."""
+    """Messages by (key, conversation); no key sees another's. A store.base.Turns."""
 
     def __init__(self, store: Store, clock: Clock, section: ConversationsSection) -> None:
         self.section = section
         self._store = store
         self._clock = clock
         self._queues: dict[tuple[str, str], deque[asyncio.Future[None]]] = {}
+        self.accepting: Grouped[tuple[str, str], int] = Grouped(self._accept)
+        self._accepted = 0
 
     @contextlib.asynccontextmanager
-    async def turn(self, key: str, conversation: str) -> AsyncIterator[None]:
-        """Hold the conversation; requests get it in the order in which they came here.
-
-        Raises ApiError 409 when the ones before take too long.
-        """
+    async def turn(self, key: str, conversation: str) -> AsyncIterator[Turn]:
         place = (key, conversation)
         queue = self._queues.setdefault(place, deque())
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.append(mine)
         try:
+            # Asked for in the order of the queue, so numbers and queue agree.
+            sequence = await self.accepting.ask(place)
             if queue[0] is not mine:
                 try:
                     async with asyncio.timeout(self.section.wait_s):
@@ -44,7 +50,9 @@ class Conversations:
                     raise ApiError(
                         409, "earlier requests of this conversation take too long", retry_after_s=1
                     ) from None
-            yield
+            yield Turn(key, conversation, sequence)
+        except StoreError as error:
+            raise ApiError(503, f"conversations: {error}", retry_after_s=1) from None
         finally:
             queue.remove(mine)
             if not queue:
@@ -53,7 +61,6 @@ class Conversations:
                 queue[0].set_result(None)
 
     async def load(self, key: str, conversation: str, without: Sequence[str] = ()) -> list[Message]:
-        """Oldest first. Raises ApiError 503."""
         sql = (
             "SELECT message_id, prompt, response, chat FROM messages "
             "WHERE key = ? AND conversation = ? ORDER BY number DESC LIMIT ?"
@@ -61,67 +68,69 @@ class Conversations:
         rows = await self._run(
             lambda store: store.read(sql, (key, conversation, self.section.max_messages))
         )
-        return [
-            Message(
-                row["prompt"],
-                row["response"],
-                tuple(json.loads(row["chat"])) if row["chat"] else (),
-                row["message_id"],
-            )
-            for row in reversed(rows)
-            if row["message_id"] not in without
-        ]
+        return [read_message(row) for row in reversed(rows) if row["message_id"] not in without]
 
-    async def append(
-        self, key: str, conversation: str, message: Message, replaces: Sequence[str]
-    ) -> None:
-        """On disk when it returns; the replaced answers are gone. Raises ApiError 503."""
-        chat = json.dumps(message.chat) if message.chat else ""
-        row = (
-            key, conversation, message.message_id, message.prompt, message.response, chat,
-            self._clock.wall(),
-        )  # fmt: skip
+    async def append(self, turn: Turn, message: Message, replaces: Sequence[str]) -> None:
+        place = (turn.key, turn.conversation)
+        row = message_row(turn, message, self._clock.wall())
 
         def write(store: Store) -> None:
             with store.transaction() as db:
                 for name in replaces:
-                    db.execute(
-                        "DELETE FROM messages "
-                        "WHERE key = ? AND conversation = ? AND message_id = ?",
-                        (key, conversation, name),
-                    )
-                db.execute(
-                    "INSERT INTO messages(key, conversation, message_id, prompt, response, chat, "
-                    "wall_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    row,
-                )
-                db.execute(
-                    "DELETE FROM messages WHERE key = ? AND conversation = ? AND number <= ("
-                    "SELECT number FROM messages WHERE key = ? AND conversation = ? "
-                    "ORDER BY number DESC LIMIT 1 OFFSET ?)",
-                    (key, conversation, key, conversation, self.section.max_messages),
-                )
-                db.execute(
-                    "DELETE FROM messages WHERE number <= (SELECT max(number) FROM messages) - ?",
-                    (self.section.max_rows,),
-                )
+                    db.execute(sqlite.REMOVE_MESSAGE, (*place, name))
+                db.execute(sqlite.ADD_MESSAGE, row)
+                db.execute(sqlite.PRUNE_CONVERSATION, (*place, *place, self.section.max_messages))
+                db.execute(sqlite.PRUNE_MESSAGES, (self.section.max_rows,))
 
         await self._run(write)
 
-    async def forget(self, key: str, conversation: str) -> int:
-        """How many messages went. Raises ApiError 503."""
-
+    async def forget(self, turn: Turn) -> int:
         def write(store: Store) -> int:
             with store.transaction() as db:
                 return db.execute(
-                    "DELETE FROM messages WHERE key = ? AND conversation = ?", (key, conversation)
+                    "DELETE FROM messages WHERE key = ? AND conversation = ?",
+                    (turn.key, turn.conversation),
                 ).rowcount
 
         count: int = await self._run(write)
         return count
+
+    async def _accept(self, places: list[tuple[str, str]]) -> list[int]:
+        """Their sequence numbers, on disk. Raises StoreError."""
+        wall_s = self._clock.wall()
+        before, self._accepted = self._accepted, self._accepted + len(places)
+        prune = before // PRUNE_EVERY != self._accepted // PRUNE_EVERY
+
+        def write(store: Store) -> list[int]:
+            with store.transaction() as db:
+                if prune:
+                    db.execute(sqlite.PRUNE_CONVERSATIONS, (wall_s - REMEMBER_S,))
+                return [
+                    int(db.execute(sqlite.ACCEPT, (*place, wall_s)).fetchone()[0])
+                    for place in places
+                ]
+
+        return await self._store.run(write)
 
     async def _run(self, work: Any) -> Any:
         try:
             return await self._store.run(work)
         except StoreError as error:
             raise ApiError(503, f"conversations: {error}", retry_after_s=1) from None
+
+
+def message_row(turn: Turn, message: Message, wall_s: float) -> tuple[Any, ...]:
+    """A message as both stores keep it."""
+    return (
+        turn.key, turn.conversation, turn.sequence, message.message_id, message.prompt,
+        message.response, json.dumps(message.chat) if message.chat else "", wall_s,
+    )  # fmt: skip
+
+
+def read_message(row: Any) -> Message:
+    return Message(
+        row["prompt"],
+        row["response"],
+        tuple(json.loads(row["chat"])) if row["chat"] else (),
+        row["message_id"],
+    )

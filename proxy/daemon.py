@@ -24,24 +24,21 @@ from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import StoreError
 from intentd.proxy.adapter.native import Upstream, open_session
 from intentd.proxy.config import ProxyConfig, budget_limit
-from intentd.proxy.conversations import Conversations
 from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
 from intentd.proxy.keys import Keys
-from intentd.proxy.ledger import Ledger
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.server import Api
 from intentd.proxy.service import offered_types
-from intentd.proxy.store.sqlite import MIGRATIONS
+from intentd.proxy.state import open_state
+from intentd.proxy.store.base import State
 
 _log = logging.getLogger(__name__)
 
-STORE_FILE: Final = "proxy.sqlite"
 LOCK_FILE: Final = "proxy.lock"
-PROBE_S: Final = 2.0
 GC_THRESHOLD: Final = 20_000
 MAX_SPEND_DAYS: Final = 3660
 
@@ -56,7 +53,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         super().__init__(config, kit)
         self.address = ""
         self.api: Api | None = None
-        self._store: Store | None = None
+        self._state: State | None = None
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
         self._site: web.TCPSite | None = None
@@ -66,27 +63,25 @@ class ProxyDaemon(Daemon[ProxyConfig]):
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         config, kit = self.config, self.kit
         self._lock = lock_state(config.state_dir)
-        self._store = Store(config.state_dir / STORE_FILE, MIGRATIONS)
-        ledger = Ledger(self._store, kit.clock, max_rows=config.records.max_rows)
-        ledger.open()
+        state = self._state = await open_state(config, kit.clock, kit.boot)
+        keys = Keys(state.key_table, kit.clock)
+        await keys.load()
         metrics = ProxyMetrics(self._gauges)
         kit.metrics.registry.register(metrics)
         self._session = open_session(config.upstream)
-        engine = Engine(config.upstream, ledger, metrics, kit.clock, kit.rng)
-        conversations = Conversations(self._store, kit.clock, config.conversations)
+        engine = Engine(config.upstream, state.books, metrics, kit.clock, kit.rng)
         self.api = Api(
             config,
             engine,
-            Keys(self._store, kit.clock),
-            ledger,
+            keys,
+            state,
             metrics,
             kit.metrics,
             kit.clock,
-            Driver(engine, conversations),
+            Driver(engine, state.turns),
         )
         self._take(config)
-        tasks.create_task(ledger.run(), name="ledger")
-        tasks.create_task(self._probe_store(self._store), name="store probe")
+        await state.start(tasks, keys.load)
         await self._listen(self.api)
         if config.controller.enabled:
             self._link = MemberLink(
@@ -105,6 +100,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             raise ConfigError("listen", "changed", "a restart to change it")
         if config.upstream.max_connections != self.config.upstream.max_connections:
             raise ConfigError("upstream.max_connections", "changed", "a restart to change it")
+        if config.store != self.config.store:
+            raise ConfigError("store", "changed", "a restart to change it")
         self._take(config)
         if self._link is not None:
             self._link.reconfigure(config.controller)
@@ -125,18 +122,16 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             await self._runner.cleanup()
         if self._session is not None:
             await self._session.close()
-        if self.api is not None:
-            await self.api.ledger.close()
-        if self._store is not None:
-            self._store.close()
+        if self._state is not None:
+            await self._state.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def unready(self) -> list[str]:
         reasons = self._link.unready() if self._link is not None else []
-        if self._store is not None:
-            reasons = [*reasons, *self._store.unready()]
+        if self._state is not None:
+            reasons = [*reasons, *self._state.unready()]
         api = self.api
         if api is not None:
             if not api.engine.models:
@@ -182,7 +177,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 case "keys":
                     return {"keys": [key.to_plain() for key in api.keys.all()]}
                 case "keys.new":
-                    key, secret = api.keys.new(
+                    key, secret = await api.keys.new(
                         _text(args, "name"),
                         str(args.get("tenant", "default")),
                         _grants(args),
@@ -190,18 +185,21 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                     )
                     return {"key": key.to_plain(), "secret": secret}
                 case "keys.change":
-                    return {"key": api.keys.change(_text(args, "name"), _grants(args)).to_plain()}
+                    key = await api.keys.change(_text(args, "name"), _grants(args))
+                    return {"key": key.to_plain()}
                 case "keys.revoke":
-                    return {"key": api.keys.revoke(_text(args, "name")).to_plain()}
+                    return {"key": (await api.keys.revoke(_text(args, "name"))).to_plain()}
                 case "spend":
                     days = args.get("days", 30)
                     if type(days) is not int or not 1 <= days <= MAX_SPEND_DAYS:
                         raise InputError("days", days, f"1 to {MAX_SPEND_DAYS}")
-                    return self._spend(api, days)
+                    return await self._spend(api, days)
                 case "models":
                     return {"models": self._models(api)}
         except InputError as error:
             raise AdminRefusedError(str(error), "bad_request") from None
+        except StoreError as error:
+            raise AdminRefusedError(str(error), "store") from None
         return await super().admin(command, args)
 
     # -- inside --------------------------------------------------------------------------------
@@ -232,7 +230,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         api.engine.set_pool(upstreams, config.upstream)
         api.engine.shared_budgets = {scope: tuple(rules) for scope, rules in shared.items()}
         api.driver.pool = ModelPool(model.spec() for model in config.models)
-        api.driver.conversations.section = config.conversations
+        if self._state is not None:
+            self._state.reload(config)
         api.types = offered_types(config.service_types)
         api.config = config
 
@@ -253,13 +252,6 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             raise IntentdError(f"listen.bind: {bind} is not available: {reason}") from None
         host, port = self._runner.addresses[0][:2]
         self.address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-
-    async def _probe_store(self, store: Store) -> None:
-        """A store that failed is tried again, so that readiness comes back by itself."""
-        while True:
-            await self.kit.clock.sleep(PROBE_S)
-            if store.unready():
-                await store.run(lambda it: it.probe())
 
     def _gauges(self) -> dict[str, Any]:
         api = self.api
@@ -291,9 +283,9 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             for model in api.engine.models.values()
         ]
 
-    def _spend(self, api: Api, days: int) -> dict[str, Any]:
+    async def _spend(self, api: Api, days: int) -> dict[str, Any]:
         return {
-            "rows": api.ledger.spend(days),
+            "rows": await api.ledger.spend(days),
             "accounts": [
                 {
                     "account": account.account_id,
@@ -303,7 +295,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                     "reserved": account.reserved,
                     "left": account.left,
                 }
-                for account in api.ledger.accounts()
+                for account in await api.ledger.accounts()
             ],
         }
 

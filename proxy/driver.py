@@ -28,9 +28,9 @@ from intentd.core.prompts.pipeline import Answer, Env, Request, run
 from intentd.core.prompts.service_types import ServiceType
 from intentd.proxy.adapter.native import Usage
 from intentd.proxy.call import Call, Exchange, guessed_usage
-from intentd.proxy.conversations import Conversations
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError
+from intentd.proxy.store.base import Turn, Turns
 
 # Answers one streamed call to the client as it comes; Reply or CallFailed when it is over.
 StreamTo = Callable[[Call], Awaitable["Reply | CallFailed"]]
@@ -40,7 +40,7 @@ _CLIENT_FAULTS = frozenset({400, 404, 409, 413, 422})
 class Driver:
     """Runs pipelines against the pool, the books and the conversations."""
 
-    def __init__(self, engine: Engine, conversations: Conversations) -> None:
+    def __init__(self, engine: Engine, conversations: Turns) -> None:
         self.pool = ModelPool(())
         self.conversations = conversations
         self._engine = engine
@@ -70,12 +70,13 @@ class Driver:
         finally:
             steps.close()
 
-    async def remember(self, answer: Answer, request: Request, exchange: Exchange) -> None:
-        """Let the answer join its conversation, on disk before the client has it all."""
-        if answer.updates:
+    async def remember(
+        self, answer: Answer, request: Request, exchange: Exchange, turn: Turn | None
+    ) -> None:
+        """Let the answer join its conversation, durably before the client has it all."""
+        if answer.updates and turn is not None:
             await self.conversations.append(
-                exchange.key.key_id,
-                answer.updates,
+                turn,
                 Message(
                     request.prompt,
                     answer.text,

@@ -25,8 +25,8 @@ from intentd.proxy.call import Call, Exchange, Step, guessed_usage
 from intentd.proxy.config import UpstreamSection
 from intentd.proxy.errors import ApiError
 from intentd.proxy.keys import Key
-from intentd.proxy.ledger import Ledger, Purpose, Sums
 from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.store.base import Books, Purpose, Sums
 
 _log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Engine:
     def __init__(
         self,
         section: UpstreamSection,
-        ledger: Ledger,
+        ledger: Books,
         metrics: ProxyMetrics,
         clock: Clock,
         rng: random.Random,

@@ -14,10 +14,9 @@ from intentd.core.errors import InputError
 from intentd.core.prompts.budgets import BudgetRule
 from intentd.core.prompts.limits import Rate
 from intentd.daemons.kit.clock import Clock
-from intentd.daemons.kit.store import Store
 from intentd.proxy.config import budget_limit
 from intentd.proxy.errors import ApiError
-from intentd.proxy.store import sqlite
+from intentd.proxy.store.base import KeyRow, KeyTable
 
 PREFIX: Final = "sk-intentd-"
 MAX_KEYS: Final = 100_000
@@ -136,25 +135,25 @@ def _number(plain: Mapping[str, Any], field: str) -> float:
 
 
 class Keys:
-    """All keys, in memory by hash and on disk."""
+    """All keys, in memory by hash; load() before use, and again when others may change them."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self._store = store
+    def __init__(self, table: KeyTable, clock: Clock) -> None:
+        self._table = table
         self._clock = clock
         self._by_hash: dict[str, Key] = {}
         self._hash_of: dict[str, str] = {}
-        for row in store.read("SELECT * FROM keys"):
-            key = Key(
-                row["id"],
-                row["name"],
-                row["tenant"],
-                read_grants(json.loads(row["grants"]), f"key:{row['id']}"),
-                row["created_wall_s"],
-                row["expires_wall_s"],
-                bool(row["revoked"]),
-            )
-            self._by_hash[row["hash"]] = key
-            self._hash_of[key.key_id] = row["hash"]
+
+    async def load(self) -> None:
+        """Take the table as it is now. Raises StoreError."""
+        by_hash: dict[str, Key] = {}
+        for row in await self._table.load():
+            grants = read_grants(json.loads(row.grants), f"key:{row.key_id}")
+            by_hash[row.hashed] = Key(
+                row.key_id, row.name, row.tenant, grants, row.created_wall_s, row.expires_wall_s,
+                row.revoked,
+            )  # fmt: skip
+        self._by_hash = by_hash
+        self._hash_of = {key.key_id: hashed for hashed, key in by_hash.items()}
 
     def find(self, token: str, *, required: bool) -> Key:
         """The key a request carries. Raises ApiError 401.
@@ -176,7 +175,7 @@ class Keys:
             raise ApiError(401, "this API key has expired", code="invalid_api_key")
         return key
 
-    def new(
+    async def new(
         self, name: str, tenant: str, grants: Mapping[str, Any], expires_wall_s: float | None
     ) -> tuple[Key, str]:
         """A new key and its secret, which is shown once. Raises InputError, StoreError."""
@@ -193,21 +192,21 @@ class Keys:
             name, name, tenant, read_grants(grants, f"key:{name}"), self._clock.wall(),
             expires_wall_s,
         )  # fmt: skip
-        self._write(key, key_hash(token))
+        await self._write(key, key_hash(token))
         return key, token
 
-    def change(self, name: str, grants: Mapping[str, Any]) -> Key:
+    async def change(self, name: str, grants: Mapping[str, Any]) -> Key:
         """Replace the grants that are named, keep the others. Raises InputError, StoreError."""
         key = self.get(name)
         plain = {**key.grants.to_plain(), **grants}
         changed = replace(key, grants=read_grants(plain, f"key:{key.key_id}"))
-        self._write(changed, self._hash_of[key.key_id])
+        await self._write(changed, self._hash_of[key.key_id])
         return changed
 
-    def revoke(self, name: str) -> Key:
+    async def revoke(self, name: str) -> Key:
         """From now on it is refused. Raises InputError, StoreError."""
         key = replace(self.get(name), revoked=True)
-        self._write(key, self._hash_of[key.key_id])
+        await self._write(key, self._hash_of[key.key_id])
         return key
 
     def get(self, name: str) -> Key:
@@ -222,14 +221,11 @@ class Keys:
     def __len__(self) -> int:
         return len(self._by_hash)
 
-    def _write(self, key: Key, hashed: str) -> None:
-        with self._store.transaction() as db:
-            db.execute(
-                sqlite.WRITE_KEY,
-                (
-                    key.key_id, hashed, key.name, key.tenant, key.created_wall_s,
-                    key.expires_wall_s, int(key.revoked), json.dumps(key.grants.to_plain()),
-                ),
-            )  # fmt: skip
+    async def _write(self, key: Key, hashed: str) -> None:
+        row = KeyRow(
+            key.key_id, hashed, key.name, key.tenant, key.created_wall_s, key.expires_wall_s,
+            key.revoked, json.dumps(key.grants.to_plain()),
+        )  # fmt: skip
+        await self._table.write(row)
         self._by_hash[hashed] = key
         self._hash_of[key.key_id] = hashed

@@ -21,6 +21,7 @@ from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.store import Store, StoreError
 from intentd.proxy.errors import ApiError
 from intentd.proxy.store import sqlite
+from intentd.proxy.store.base import Purpose, Sums
 
 _log = logging.getLogger(__name__)
 
@@ -28,28 +29,6 @@ FLUSH_S: Final = 0.2
 RETRY_S: Final = 0.5
 MAX_UNWRITTEN: Final = 100_000
 PRUNE_EVERY: Final = 5_000
-
-
-@dataclass(frozen=True, slots=True)
-class Purpose:
-    """Whom a sum is booked to."""
-
-    key: str
-    tenant: str
-    model: str
-    service_type: str
-
-
-@dataclass(slots=True)
-class Sums:
-    """What one day's requests of one purpose came to."""
-
-    requests: int = 0
-    failed: int = 0
-    in_tokens: int = 0
-    out_tokens: int = 0
-    cost_nano: int = 0
-    estimated_nano: int = 0
 
 
 @dataclass(slots=True)
@@ -131,13 +110,7 @@ class Ledger:
         rows = [self._account(rule, wall_s) for rule in rules]
         outcome = budgets.reserve(rows, reservation_id, amounts)
         if isinstance(outcome, Refused):
-            raise ApiError(
-                429,
-                f"budget {outcome.account_id}: {outcome.left} {outcome.unit} left, "
-                f"this request may need {outcome.wanted}",
-                code="insufficient_quota",
-                kind="insufficient_quota",
-            )
+            raise refusal(outcome)
         accounts, reservation = outcome
         self._keep(accounts, self._next)
         self._open[reservation_id] = reservation
@@ -181,12 +154,7 @@ class Ledger:
         if day is None:
             self._next.spend[key] = sums
             return
-        day.requests += sums.requests
-        day.failed += sums.failed
-        day.in_tokens += sums.in_tokens
-        day.out_tokens += sums.out_tokens
-        day.cost_nano += sums.cost_nano
-        day.estimated_nano += sums.estimated_nano
+        day.add(sums)
 
     def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
         """Put a finished request into the log; dropped and counted while the disk is away."""
@@ -206,15 +174,14 @@ class Ledger:
             raise ApiError(503, f"the request log cannot be read: {error}") from None
         return [row["document"] for row in rows]
 
-    def spend(self, days: int) -> list[dict[str, Any]]:
+    async def spend(self, days: int) -> list[dict[str, Any]]:
         """The books of the last days, newest first, as rows. Raises StoreError."""
         first = budgets.period_name("day", self._clock.wall() - (days - 1) * 86400)
-        rows = self._store.read(
-            "SELECT * FROM spend WHERE day >= ? ORDER BY day DESC, cost_nano DESC", (first,)
-        )
+        sql = "SELECT * FROM spend WHERE day >= ? ORDER BY day DESC, cost_nano DESC"
+        rows = await self._store.run(lambda store: store.read(sql, (first,)))
         return [dict(row) for row in rows]
 
-    def accounts(self) -> list[Account]:
+    async def accounts(self) -> list[Account]:
         return list(self._accounts.values())
 
     @property
@@ -333,9 +300,7 @@ class Ledger:
         batch.ended += later.ended
         batch.dirty |= later.dirty
         for (day, purpose), sums in later.spend.items():
-            known = batch.spend.setdefault((day, purpose), Sums())
-            for name in Sums.__slots__:
-                setattr(known, name, getattr(known, name) + getattr(sums, name))
+            batch.spend.setdefault((day, purpose), Sums()).add(sums)
         batch.requests = [*batch.requests, *later.requests][:MAX_UNWRITTEN]
         self._wake.set()
         return refused
@@ -361,6 +326,17 @@ class Ledger:
                 if self._since_prune >= PRUNE_EVERY:
                     self._since_prune = 0
                     db.execute(sqlite.PRUNE_REQUESTS, (self._max_rows,))
+
+
+def refusal(outcome: Refused) -> ApiError:
+    """What the client hears when a budget does not suffice."""
+    return ApiError(
+        429,
+        f"budget {outcome.account_id}: {outcome.left} {outcome.unit} left, "
+        f"this request may need {outcome.wanted}",
+        code="insufficient_quota",
+        kind="insufficient_quota",
+    )
 
 
 def _reservation_row(

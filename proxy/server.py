@@ -19,7 +19,6 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from intentd.core.errors import InputError
-from intentd.core.prompts.limits import Rate, RateLimiter
 from intentd.core.prompts.pipeline import PipelineError
 from intentd.core.prompts.regenerate import Previous, regenerate
 from intentd.core.prompts.service_types import ServiceType, get_type, with_options
@@ -33,9 +32,9 @@ from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError, bad_field, from_input_error, shown
 from intentd.proxy.keys import Key, Keys
-from intentd.proxy.ledger import Ledger
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.service import FIXED, quota_rules, restricted
+from intentd.proxy.store.base import State, Turn
 from intentd.proxy.streams import ChatSink, answer_headers, pass_stream, with_metadata
 
 _log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Api:
         config: ProxyConfig,
         engine: Engine,
         keys: Keys,
-        ledger: Ledger,
+        state: State,
         metrics: ProxyMetrics,
         kit_metrics: Metrics,
         clock: Clock,
@@ -69,7 +68,8 @@ class Api:
         self.types: dict[str, ServiceType] = {}
         self.memory = native.Memory(config.records.recent)
         self.keys = keys
-        self.ledger = ledger
+        self.ledger = state.books
+        self._rates = state.rates
         self.metrics = metrics
         self.active = 0
         self.idle = asyncio.Event()
@@ -78,7 +78,6 @@ class Api:
         self.policy: list[int] | None = None
         self._kit_metrics = kit_metrics
         self._clock = clock
-        self._limiters: dict[Rate, RateLimiter] = {}
         self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", self._chat),
@@ -176,7 +175,7 @@ class Api:
         if self.active > self.config.listen.max_requests:
             self.metrics.refuse("overload")
             raise ApiError(503, "too many requests at once", retry_after_s=1)
-        exchange.key = self._authorise(request)
+        exchange.key = await self._authorise(request)
         return await handler(request, exchange)
 
     def _route_with_id(self, path: str, asked: str) -> tuple[str, Handler]:
@@ -192,7 +191,7 @@ class Api:
                 return method, functools.partial(handler, path[len(prefix) :])
         raise ApiError(404, f"no such path: {shown(path)}", code="unknown_path")
 
-    def _authorise(self, request: web.BaseRequest) -> Key:
+    async def _authorise(self, request: web.BaseRequest) -> Key:
         headers = request.headers
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -204,10 +203,7 @@ class Api:
             raise
         rate = key.grants.rate
         if rate is not None:
-            limiter = self._limiters.get(rate)
-            if limiter is None:
-                limiter = self._limiters[rate] = RateLimiter(rate)
-            wait_s = limiter.take(key.key_id, now=self._clock.now())
+            wait_s = await self._rates.take(key.key_id, rate)
             if wait_s:
                 self.metrics.refuse("rate")
                 raise ApiError(
@@ -366,10 +362,12 @@ class Api:
             else None
         )
         async with contextlib.AsyncExitStack() as stack:
+            turn: Turn | None = None
             if request.conversation:
-                await stack.enter_async_context(
+                turn = await stack.enter_async_context(
                     self.driver.conversations.turn(exchange.key.key_id, request.conversation)
                 )
+                exchange.sequence = turn.sequence
             try:
                 answer = await self.driver.run(
                     made, request, exchange, sink.stream if sink is not None else None
@@ -384,7 +382,7 @@ class Api:
             exchange.trace = answer.trace
             answer.trace.regenerates = regenerates
             exchange.model = answer.trace.answered_by
-            await self.driver.remember(answer, request, exchange)
+            await self.driver.remember(answer, request, exchange, turn)
         kept = native.Asked(asked.service_type, request, asked.options)
         self.memory.keep(
             exchange.request_id,
@@ -501,8 +499,8 @@ class Api:
         conversations = self.driver.conversations
         key_id = exchange.key.key_id
         if request.method == "DELETE":
-            async with conversations.turn(key_id, name):
-                return _json({"forgotten": await conversations.forget(key_id, name)}, exchange)
+            async with conversations.turn(key_id, name) as turn:
+                return _json({"forgotten": await conversations.forget(turn)}, exchange)
         messages = await conversations.load(key_id, name)
         return _json(
             {

@@ -21,6 +21,24 @@ class Rate:
             raise InputError("burst", self.burst, "a finite number >= 1")
 
 
+def take(
+    rate: Rate, level: float, since: float, *, now: float, count: float = 1.0
+) -> tuple[float, float, float]:
+    """(level, since, seconds to wait) of a bucket that had `level` at `since`, after asking.
+
+    0 seconds: taken; a refused request takes nothing. A clock that goes back adds nothing.
+    """
+    level = min(rate.burst, level + max(0.0, now - since) * rate.per_second)
+    wait_s = 0.0
+    if count > rate.burst:
+        wait_s = float("inf")
+    elif level >= count:
+        level -= count
+    else:
+        wait_s = (count - level) / rate.per_second
+    return level, max(now, since), wait_s
+
+
 class RateLimiter:
     """Token buckets by scope; scopes that are full again are forgotten, so memory is bounded.
 
@@ -39,15 +57,8 @@ class RateLimiter:
         now: monotonic seconds; a refused request takes nothing.
         """
         level, since = self._buckets.pop(scope, (self.rate.burst, now))
-        level = min(self.rate.burst, level + max(0.0, now - since) * self.rate.per_second)
-        wait_s = 0.0
-        if count > self.rate.burst:
-            wait_s = float("inf")
-        elif level >= count:
-            level -= count
-        else:
-            wait_s = (count - level) / self.rate.per_second
-        self._buckets[scope] = (level, max(now, since))
+        level, since, wait_s = take(self.rate, level, since, now=now, count=count)
+        self._buckets[scope] = (level, since)
         if len(self._buckets) > self.max_scopes:
             del self._buckets[next(iter(self._buckets))]
         return wait_s

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Final
 
+from intentd.core.errors import InputError
+from intentd.daemons.kit.store import Store
 from intentd.proxy.store import cache_sqlite
+from intentd.proxy.store.base import KeyRow
 
 MIGRATIONS: Final = (
     """
@@ -44,6 +48,13 @@ MIGRATIONS: Final = (
     CREATE INDEX messages_conversation ON messages(key, conversation, number);
     """,
     cache_sqlite.MIGRATION,
+    """
+    CREATE TABLE conversations(
+        key TEXT NOT NULL, conversation TEXT NOT NULL, last INTEGER NOT NULL,
+        wall_s REAL NOT NULL, PRIMARY KEY(key, conversation)
+    ) STRICT, WITHOUT ROWID;
+    ALTER TABLE messages ADD COLUMN sequence INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 WRITE_ACCOUNT: Final = (
@@ -74,3 +85,59 @@ WRITE_KEY: Final = (
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET "
     "expires_wall_s=excluded.expires_wall_s, revoked=excluded.revoked, grants=excluded.grants"
 )
+ACCEPT: Final = (
+    "INSERT INTO conversations(key, conversation, last, wall_s) VALUES (?, ?, 1, ?) "
+    "ON CONFLICT(key, conversation) DO UPDATE SET last=last+1, wall_s=excluded.wall_s "
+    "RETURNING last"
+)
+ADD_MESSAGE: Final = (
+    "INSERT INTO messages(key, conversation, sequence, message_id, prompt, response, chat, wall_s) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+REMOVE_MESSAGE: Final = "DELETE FROM messages WHERE key = ? AND conversation = ? AND message_id = ?"
+PRUNE_CONVERSATION: Final = (
+    "DELETE FROM messages WHERE key = ? AND conversation = ? AND number <= ("
+    "SELECT number FROM messages WHERE key = ? AND conversation = ? "
+    "ORDER BY number DESC LIMIT 1 OFFSET ?)"
+)
+PRUNE_MESSAGES: Final = (
+    "DELETE FROM messages WHERE number <= (SELECT max(number) FROM messages) - ?"
+)
+# A number is never given twice while anybody may remember it: not within a day of its use.
+PRUNE_CONVERSATIONS: Final = (
+    "DELETE FROM conversations WHERE wall_s < ? AND NOT EXISTS (SELECT 1 FROM messages "
+    "WHERE messages.key = conversations.key AND messages.conversation = conversations.conversation)"
+)
+
+
+class SqliteKeys:
+    """The table of keys in SQLite; a store.base.KeyTable."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def load(self) -> list[KeyRow]:
+        rows = await self._store.run(lambda store: store.read("SELECT * FROM keys"))
+        return [
+            KeyRow(
+                row["id"], row["hash"], row["name"], row["tenant"], row["created_wall_s"],
+                row["expires_wall_s"], bool(row["revoked"]), row["grants"],
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    async def write(self, row: KeyRow) -> None:
+        def write(store: Store) -> None:
+            with store.transaction() as db:
+                db.execute(
+                    WRITE_KEY,
+                    (
+                        row.key_id, row.hashed, row.name, row.tenant, row.created_wall_s,
+                        row.expires_wall_s, int(row.revoked), row.grants,
+                    ),
+                )  # fmt: skip
+
+        try:
+            await self._store.run(write)
+        except sqlite3.IntegrityError:
+            raise InputError("name", row.name, "a name no key has") from None

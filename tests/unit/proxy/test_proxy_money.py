@@ -20,7 +20,8 @@ from intentd.daemons.kit.lifecycle import Tasks
 from intentd.daemons.kit.store import Store, StoreError
 from intentd.proxy.errors import ApiError
 from intentd.proxy.keys import PREFIX
-from intentd.proxy.ledger import Ledger, Purpose, Sums
+from intentd.proxy.ledger import Ledger
+from intentd.proxy.store.base import Purpose, Sums
 from intentd.proxy.store.sqlite import MIGRATIONS
 
 PURPOSE = Purpose("k", "t", "m", "fixed")
@@ -245,9 +246,9 @@ async def test_open_reservations_settle_in_full_after_a_kill(tmp_path: Path) -> 
     books.store.close()  # nothing said goodbye
     ledger = books.open()
     assert ledger.recovered == 1
-    (account,) = ledger.accounts()
+    (account,) = await ledger.accounts()
     assert (account.spent, account.reserved) == (510, 0)
-    (row,) = ledger.spend(30)
+    (row,) = await ledger.spend(30)
     assert (row["estimated_nano"], row["failed"]) == (500, 1)
     assert books.open().recovered == 0
 
@@ -265,7 +266,7 @@ async def test_periods_pass(tmp_path: Path) -> None:
         await ledger.flush()
         books.clock.advance(86400)
         await ledger.reserve("r3", [rule], {"requests": 1}, PURPOSE)
-        assert len(ledger.accounts()) == 1
+        assert len(await ledger.accounts()) == 1
         tasks.cancel_all()
 
 
@@ -292,7 +293,7 @@ async def test_failed_writes_lose_no_spend(tmp_path: Path, monkeypatch: pytest.M
         assert not await ledger.flush()
     ledger.book(PURPOSE, Sums(requests=1, cost_nano=7))
     await ledger.close()
-    assert ledger.spend(1)[0]["cost_nano"] == 12
+    assert (await ledger.spend(1))[0]["cost_nano"] == 12
 
 
 @pytest.mark.parametrize(

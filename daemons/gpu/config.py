@@ -70,12 +70,14 @@ class JobsSection(Section):
 
     executor: str = Field(
         default="local",
-        description="local: child processes on this host. sim: nothing runs, time passes.",
-        pattern="^(local|sim)$",
+        description="local: child processes on this host. ray: processes on a Ray cluster. "
+        "sim: nothing runs, time passes.",
+        pattern="^(local|ray|sim)$",
     )
     nodes: tuple[NodeSection, ...] = Field(
         default=(NodeSection(name="local", gpus=1),),
-        description="Nodes. With the local executor all are on this host.",
+        description="Nodes. With the local executor all are on this host; so are those of a Ray "
+        "cluster of the daemon's own. Another Ray cluster says itself what nodes it has.",
     )
     policy: str = Field(
         default="fifo", description="Until the controller says another: " + ", ".join(NAMES) + "."
@@ -123,11 +125,68 @@ class JobsSection(Section):
         )
 
 
+class RaySection(Section):
+    """The Ray cluster of `jobs.executor = "ray"`."""
+
+    address: str = Field(
+        default="",
+        description="Of its head, host:port. Empty: a cluster of the daemon's own on this host, "
+        "with the nodes and GPUs of `jobs.nodes`, simulated where there are none. It goes on "
+        "when the daemon stops; `python -m intentd.daemons.gpu.ray_cluster --stop DIR` ends it.",
+        pattern=r"^([A-Za-z0-9_.\-]+:[0-9]{1,5})?$",
+    )
+    namespace: str = Field(
+        default="intentd",
+        description="Ray namespace of the slots, one a scheduler.",
+        pattern=r"^[A-Za-z0-9_.\-]{1,64}$",
+    )
+    temp_dir: str = Field(
+        default="",
+        description="Where the daemon's own cluster keeps sockets and logs; short, for socket "
+        "paths are at most 107 bytes. Empty: a directory of /tmp named after `state_dir`.",
+        pattern="^(/.{0,40})?$",
+    )
+    work_dir: str = Field(
+        default="",
+        description="Where jobs run that name no directory: one that all nodes share. Empty: "
+        "below `state_dir`.",
+        pattern="^(/.*)?$",
+    )
+    object_store: Size = Field(
+        default=80_000_000,
+        description="Shared memory of each node of the daemon's own cluster.",
+        ge=76 << 20,
+    )
+    heartbeat_s: Duration = Field(
+        default=1.0, description="How often every GPU's slot is asked.", ge=0.1, le=60
+    )
+    lease_s: Duration = Field(
+        default=10.0,
+        description="A node that has heard neither from the daemon nor from Ray's head for so "
+        "long ends what runs on it.",
+        ge=1,
+    )
+    lost_after_s: Duration = Field(
+        default=15.0,
+        description="A node that is silent for so long is lost: its jobs start elsewhere. Must "
+        "exceed `lease_s` by two heartbeats, so that nothing runs twice.",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RaySection:
+        least = self.lease_s + 2 * self.heartbeat_s
+        if self.lost_after_s < least:
+            raise ConfigError("lost_after_s", self.lost_after_s, f"at least {least:g}")
+        return self
+
+
 class GpuConfig(DaemonConfig):
     """The GPU scheduler's file."""
 
     role: ClassVar[str] = "gpu"
 
     jobs: JobsSection = Field(default=JobsSection(), description="How jobs run.")
+    ray: RaySection = Field(default=RaySection(), description="The Ray cluster.")
     costs: CostsSection = Field(default=CostsSection(), description="What changes cost.")
     output: OutputSection = Field(default=OutputSection(), description="Output and records.")

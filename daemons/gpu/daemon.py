@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import os
 import pwd
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from intentd.core.errors import ConfigError, InputError, PolicyError
 from intentd.core.jobs.job import OVER, Instruction, Job
 from intentd.core.jobs.ledger import Ledger
+from intentd.core.jobs.placement import Node
 from intentd.core.jobs.policy import Costs, from_plain, make, to_plain
 from intentd.core.jobs.predictor import Predictor
 from intentd.core.messages import NumberedPolicy, PolicyAck
@@ -20,6 +23,7 @@ from intentd.daemons.gpu.config import GpuConfig
 from intentd.daemons.gpu.executors import Executor, LocalExecutor, SimExecutor
 from intentd.daemons.gpu.history import KEPT
 from intentd.daemons.gpu.metrics import GpuCollector
+from intentd.daemons.gpu.ray_executor import RayExecutor, RaySettings
 from intentd.daemons.gpu.scheduler import Scheduler
 from intentd.daemons.gpu.service import Caller, Service
 from intentd.daemons.gpu.store import JobStore
@@ -57,7 +61,7 @@ class GpuDaemon(Daemon[GpuConfig]):
         config, kit = self.config, self.kit
         self._store = store = JobStore(config.state_dir / STORE_FILE)
         ledger = Ledger(
-            config.jobs.placement(),
+            [] if config.jobs.executor == "ray" and config.ray.address else config.jobs.placement(),
             policy=make(config.jobs.policy),
             costs=config.costs.costs(),
             rules=config.jobs.rules(config.costs.hold_growth_s),
@@ -75,6 +79,8 @@ class GpuDaemon(Daemon[GpuConfig]):
         )
         await self._link.start(tasks)
         scheduler.recover()
+        if isinstance(self._executor, RayExecutor):
+            self._executor.begin(tasks)
         tasks.create_task(scheduler.run(), name="scheduler")
         tasks.create_task(self._poll_for_ever(scheduler, store), name="poll")
         self.service = Service(scheduler, config.jobs.profiles)
@@ -88,6 +94,8 @@ class GpuDaemon(Daemon[GpuConfig]):
         for name in ("executor", "nodes"):
             if getattr(config.jobs, name) != getattr(self.config.jobs, name):
                 raise ConfigError(f"jobs.{name}", "changed", "a restart to change it")
+        if config.ray != self.config.ray:
+            raise ConfigError("ray", "changed", "a restart to change it")
         if config.output.max_bytes != self.config.output.max_bytes:
             raise ConfigError("output.max_bytes", "changed", "a restart to change it")
         scheduler = self.scheduler
@@ -117,6 +125,8 @@ class GpuDaemon(Daemon[GpuConfig]):
         reasons = self._link.unready() if self._link is not None else []
         if self._store is not None:
             reasons = [*reasons, *self._store.store.unready()]
+        if isinstance(self._executor, RayExecutor):
+            reasons = [*reasons, *self._executor.unready()]
         return reasons
 
     def status(self) -> dict[str, Any]:
@@ -125,8 +135,10 @@ class GpuDaemon(Daemon[GpuConfig]):
             return {}
         ledger = scheduler.ledger
         held = sum(job.gpus for job in ledger.jobs.values())
+        ray = self._executor.status() if isinstance(self._executor, RayExecutor) else None
         return {
             "executor": self.config.jobs.executor,
+            **({"ray": ray} if ray is not None else {}),
             "policy": {**to_plain(ledger.policy)},
             "jobs": scheduler.state_counts(),
             "counts": dict(scheduler.counts),
@@ -160,6 +172,8 @@ class GpuDaemon(Daemon[GpuConfig]):
     def _restore(self, scheduler: Scheduler, store: JobStore) -> None:
         ledger = scheduler.ledger
         facts = store.facts()
+        if self.config.jobs.executor == "ray":
+            self._restore_nodes(ledger, store, facts.get("nodes", {}))
         for name in facts.get("drained", []):
             if name in ledger.nodes:
                 ledger.drain(name, scheduler.now())
@@ -176,6 +190,34 @@ class GpuDaemon(Daemon[GpuConfig]):
             if job.state in OVER:
                 scheduler.history.ended(job.id, job.worked_gpu_s)
 
+    @staticmethod
+    def _restore_nodes(ledger: Ledger, store: JobStore, known: dict[str, int]) -> None:
+        """Nodes of a cluster come by themselves; until then those seen last are taken as there."""
+        ledger.lost.update(name for name in ledger.nodes if name not in known)
+        for name, gpus in known.items():
+            ledger.node_joined(Node(name, gpus))
+        for job in store.unfinished():
+            for name, indices in job.devices.items():
+                if name not in ledger.nodes:
+                    ledger.node_joined(Node(name, max(indices) + 1))
+
+    def _ray_settings(self) -> RaySettings:
+        config = self.config.ray
+        state = self.config.state_dir
+        short = hashlib.blake2s(str(state).encode(), digest_size=5).hexdigest()
+        return RaySettings(
+            address=config.address,
+            namespace=config.namespace,
+            local={} if config.address else {n.name: n.gpus for n in self.config.jobs.nodes},
+            directory=state / "ray",
+            temp_dir=config.temp_dir or f"/tmp/iray-{short}",  # noqa: S108  Ray makes it, 0700 by name
+            work_dir=Path(config.work_dir) if config.work_dir else state / "jobs",
+            object_store_bytes=config.object_store,
+            heartbeat_s=config.heartbeat_s,
+            lease_s=config.lease_s,
+            lost_after_s=config.lost_after_s,
+        )
+
     def _make_executor(self, tasks: asyncio.TaskGroup, scheduler: Scheduler) -> Executor:
         ledger = scheduler.ledger
         if self.config.jobs.executor == "sim":
@@ -184,12 +226,17 @@ class GpuDaemon(Daemon[GpuConfig]):
                 return ledger.seconds_left(job, scheduler.now())
 
             return SimExecutor(tasks, self.kit.clock, scheduler, left_s)
+        base = self.config.state_dir / "jobs"
+        bound = self.config.output.max_bytes
+        if self.config.jobs.executor == "ray":
+            present = [name for name in ledger.nodes if name not in ledger.lost]
+            settings = self._ray_settings()
+            return RayExecutor(base, scheduler, self.kit.clock, settings, bound, present)
         offsets, at = {}, 0
         for node in ledger.nodes.values():
             offsets[node.name] = at
             at += node.gpus
-        base = self.config.state_dir / "jobs"
-        return LocalExecutor(base, scheduler, offsets, self.config.output.max_bytes)
+        return LocalExecutor(base, scheduler, offsets, bound)
 
     async def _poll_for_ever(self, scheduler: Scheduler, store: JobStore) -> None:
         """Progress, the store's recovery, and the records that are too old."""

@@ -44,6 +44,14 @@ class Sink(Protocol):
     def progress(self, job: int, epoch: int, done: float, total: float) -> None: ...
 
 
+class NodeSink(Sink, Protocol):
+    """Who hears of nodes too, from executors whose nodes come and go."""
+
+    def node_joined(self, node: str, gpus: int) -> None: ...
+
+    def node_lost(self, node: str, why: str) -> None: ...
+
+
 class Executor(Protocol):
     """Orders in. None of these blocks; none raises for what a job does."""
 

@@ -20,6 +20,7 @@ from intentd.core.errors import InputError, IntentdError
 from intentd.core.jobs.allocator import Progress
 from intentd.core.jobs.job import HOLDING, OVER, Event, Instruction, Job, Start, State
 from intentd.core.jobs.ledger import Ledger
+from intentd.core.jobs.placement import Node
 from intentd.core.jobs.predictor import Prediction, Predictor
 from intentd.core.jobs.spec import JobSpec
 from intentd.daemons.gpu.executors import Executor
@@ -131,6 +132,29 @@ class Scheduler:
         self.post(
             lambda ledger, now: ledger.progress(job, epoch, done, total, now), "measured progress"
         )
+
+    def node_joined(self, node: str, gpus: int) -> None:
+        def join(ledger: Ledger, now: float) -> None:
+            known = ledger.nodes.get(node)
+            drained = known is not None and known.drained
+            ledger.node_joined(Node(node, gpus, drained))
+            self._remember_nodes()
+
+        self.post(join, f"node {node} joined")
+
+    def node_lost(self, node: str, why: str) -> None:
+        def lose(ledger: Ledger, now: float) -> list[Instruction]:
+            orders = ledger.node_lost(node, now) if node in ledger.nodes else []
+            self._remember_nodes()
+            return orders
+
+        self.post(lose, f"node {node} lost: {why}")
+
+    def _remember_nodes(self) -> None:
+        ledger = self.ledger
+        held = {name for job in ledger.jobs.values() for name in job.devices}
+        kept = [n for n in ledger.nodes.values() if n.name not in ledger.lost or n.name in held]
+        self.set_fact("nodes", {node.name: node.gpus for node in kept})
 
     # -- the loop ------------------------------------------------------------------------------
 

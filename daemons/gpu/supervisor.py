@@ -71,6 +71,9 @@ class Output:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(self._file).st_size
 
+    def close(self) -> None:
+        os.close(self._file)
+
     def write(self, data: bytes) -> None:
         try:
             if self._size >= self.max_bytes:

@@ -76,7 +76,7 @@ def test_a_report_is_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("jobs", "where"),
     [
-        ({"executor": "ray"}, "jobs.executor"),
+        ({"executor": "slurm"}, "jobs.executor"),
         ({"policy": "lottery"}, "jobs.policy"),
         ({"quotas": {"a": 0}}, "jobs.quotas.a"),
         ({"profiles": {"p": [1.0]}}, "jobs.profiles.p"),

@@ -30,12 +30,12 @@ down:  ## stop the suite that `make up` left running
 	$(BIN)/intentctl down
 
 KERNEL := core/jobs/_kernel.abi3.so
-$(KERNEL): setup.py $(wildcard core/jobs/kernel/*.c core/jobs/kernel/*.h)
+$(KERNEL): setup.py $(wildcard core/jobs/kernel/*.c core/jobs/kernel/*.h) proxy/cache/scan.c
 	INTENTD_REQUIRE_KERNEL=1 $(BIN)/python setup.py --quiet build_ext --inplace --force 2>&1 | grep -v -i deprecat || true
-	@test -e $@ || { echo "the job kernel was not built: is a C compiler installed?"; exit 1; }
+	@test -e $@ -a -e proxy/cache/_scan.abi3.so || { echo "the job kernel was not built: is a C compiler installed?"; exit 1; }
 	@touch $@
 
-kernel: $(STAMP) $(KERNEL)  ## compile the job kernel in place (a C compiler)
+kernel: $(STAMP) $(KERNEL)  ## compile the job kernel and the cache's scan in place (a C compiler)
 
 test: $(STAMP) system test-unit test-real  ## all tests
 

@@ -154,8 +154,10 @@ def test_smart_context_needs_two_calls_to_drop_the_context(
     assert {call.purpose for call in answer.trace.calls} == {"context", "answer"}
 
 
-def item(kind: str = "prompt", similarity: float = 0.97) -> CacheItem:
-    return CacheItem("i1", kind, "hello", "stored", similarity, cost_nano=50, model="large")
+def item(kind: str = "prompt", similarity: float = 0.97, *, put: bool = False) -> CacheItem:
+    return CacheItem(
+        "i1", kind, "hello", "stored", similarity, cost_nano=50, model="large", put=put
+    )
 
 
 def test_an_exact_hit_asks_no_model() -> None:
@@ -296,7 +298,7 @@ def again(
 
 
 def test_regenerating_goes_to_the_dear_model_with_more_context_and_no_cache() -> None:
-    for name, by in (("model_selector", "small"), ("router", "tiny"), ("latency", "tiny")):
+    for name, by in (("model_selector", "small"), ("router", "tiny")):
         table, answer = again(name, by)
         assert table.calls() == [("large", "answer")], name
         assert answer.trace.cache != "exact"
@@ -308,6 +310,82 @@ def test_regenerating_goes_to_the_dear_model_with_more_context_and_no_cache() ->
     assert answer.trace.context_messages == 7, "all but the replaced one"
     table, _ = again("cost", "tiny")
     assert table.calls() == [("small", "answer")]
+
+
+def test_after_a_fast_answer_the_prefetched_better_one_is_served_once() -> None:
+    table, answer = again("latency", "tiny")
+    assert (table.calls(), answer.trace.cache) == ([], "exact")
+    (lookup,) = [e for e in table.seen if isinstance(e, LookupCache)]
+    assert lookup.model_floor == "tiny"
+    assert lookup.context_hash == context_hash(conversation(8)[6:7])
+    table, answer = again("latency", "tiny", rounds=1)
+    assert table.calls() == [("large", "answer")]
+    cached = Previous("m7", "latency", "tiny", cached=True)
+    _, changed = regenerate(cached, Request("hi"), BUILT_IN, ENV.pool)
+    assert not changed.lookup
+
+
+def test_an_answer_is_stored_under_the_messages_it_saw() -> None:
+    def scope_of(context: Any) -> str:
+        made = with_options(
+            BUILT_IN["fixed"], {"model": "small", "context": context, "cache": "exact"}
+        )
+        table = Table(messages=conversation(8))
+        table.drive(run(made, Request("hi", conversation="c"), ENV))
+        lookup, stored = table.seen[1 if context != "none" else 0], table.seen[-1]
+        assert isinstance(lookup, LookupCache)
+        assert isinstance(stored, StoreCache)
+        assert (lookup.context_hash, lookup.model_floor) == (stored.context_hash, "small")
+        return stored.context_hash
+
+    assert scope_of("none") == ""
+    assert scope_of({"last_k": 2}) == context_hash(conversation(8)[6:])
+    assert scope_of([{"last_k": 5}, "smart_context"]) == context_hash(FIVE)
+    assert scope_of("all") == context_hash(conversation(8))
+
+
+def test_put_objects_serve_as_they_are_outside_conversations_only() -> None:
+    put = item(put=True)
+    assert go("quality", Table(items=[put])).trace.cache == "semantic"
+    table = Table(items=[put], messages=FIVE)
+    assert go("quality", table, Request("hi", conversation="c")).trace.cache == "miss"
+    formatted = Request("hi", params={"response_format": {"type": "json_object"}})
+    table = Table(items=[put])
+    assert go("quality", table, formatted).trace.cache == "miss"
+    assert not any(isinstance(e, LookupCache) and e.given for e in table.seen)
+
+
+def test_only_if_cached_asks_no_model() -> None:
+    table = Table(items=[item(similarity=0.5)])
+    with pytest.raises(PipelineError, match="only-if-cached") as caught:
+        go("smart_cache", table, Request("hi", cached_only=True))
+    assert (caught.value.status, table.calls()) == (504, [])
+    assert go("quality", Table(exact=[item()]), Request("hi", cached_only=True)).text
+
+
+def test_followups_are_prefetched_after_a_hit_too() -> None:
+    types = types_from_plain(
+        [
+            {
+                "name": "chat",
+                "stages": [
+                    {"cache": "exact"}, {"context": "all"}, {"model": "one", "models": "small"},
+                    {"store": "prompt"}, {"prefetch": "followups"},
+                ],
+            }
+        ]
+    )  # fmt: skip
+    table = Table(exact=[item()], messages=FIVE)
+    answer = table.drive(run(types["chat"], Request("hi", conversation="c"), ENV))
+    assert answer.trace.cache == "exact"
+    assert table.seen[-1] == Prefetch("followups", "cost", "hi", answer.text, FIVE)
+
+
+def test_a_clients_own_history_hashes_like_the_same_conversation_kept_here() -> None:
+    chat = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    assert context_hash([Message("q", "a", chat)]) == context_hash([Message("q", "a")])
+    image = ({"role": "user", "content": [{"type": "text", "text": "q"}]}, chat[1])
+    assert context_hash([Message("q", "a", image)]) != context_hash([Message("q", "a")])
 
 
 def test_the_replaced_answer_leaves_the_context() -> None:
@@ -338,7 +416,8 @@ def test_a_second_answer_never_comes_from_a_cheaper_model(
     _, answer = again(name, by, rounds=rounds, to=to)
     ranks = {model.name: model.cost_rank for model in ENV.pool}
     assert ranks[answer.trace.answered_by] >= ranks[by]
-    assert answer.trace.cache in ("off", "bypass", "miss")
+    prefetched = name == "latency" and rounds == 0 and to in ("", name)
+    assert answer.trace.cache in (["exact"] if prefetched else ["off", "bypass", "miss"])
 
 
 @given(seed=st.integers(0, 2**32), name=st.sampled_from(sorted(BUILT_IN)))

@@ -1,0 +1,212 @@
+"""The semantic half of the cache: vectors, the embedder behind them, the second gate's threshold.
+
+Imported only when the first prompt asks for it: numpy and the model are a hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from intentd.core.errors import ConfigError, InputError
+from intentd.core.prompts.cache.gate import GateModel, OnlineThreshold
+from intentd.core.prompts.cache.rules import RuleGate
+from intentd.core.prompts.service_types import CACHED_TYPES
+from intentd.proxy.cache.embedder import Embedder, EmbedError
+from intentd.proxy.cache.index import ANY_SCOPE, Match, VectorIndex, scope_number
+from intentd.proxy.store.cache import ItemRow, KeyRow
+
+KIND_NUMBER: Final = {name: number for number, name in enumerate(CACHED_TYPES)}
+MAX_TENANTS: Final = 1000
+STEP: Final = 0.02
+WIDEST: Final = 0.25
+MOST: Final = 0.995
+SHARES: Final = "threshold"
+
+Gate = GateModel | RuleGate
+
+
+@dataclass(slots=True)
+class ToEmbed:
+    """A key without its vector."""
+
+    number: int
+    item_id: str
+    owner: str
+    scope: str
+    place: int
+    kind: str
+    text: str
+
+
+class Semantic:
+    """Vectors of keys under the numbers of `hot.Entry`."""
+
+    def __init__(self, embedder: Embedder, gate: Gate, max_false_hit: float) -> None:
+        self.embedder = embedder
+        self.gate = gate
+        self.max_false_hit = max_false_hit
+        self._index: VectorIndex | None = None
+        self._thresholds: OrderedDict[str, OnlineThreshold] = OrderedDict()
+        self._learned: dict[str, float] = {}
+
+    @property
+    def vectors(self) -> int:
+        return len(self._index) if self._index is not None else 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self._index.size_bytes if self._index is not None else 0
+
+    # -- vectors -------------------------------------------------------------------------------
+
+    def with_vectors(self, row: ItemRow) -> ItemRow:
+        """The row with the vectors that are known already."""
+        return replace(row, keys=tuple(self._key(key) for key in row.keys))
+
+    def _key(self, key: KeyRow) -> KeyRow:
+        vector = None if key.vector else self.embedder.known(key.text)
+        return key if vector is None else self.key_with(key, vector)
+
+    def key_with(self, key: KeyRow, vector: npt.NDArray[Any]) -> KeyRow:
+        return replace(key, vector=self.packed(vector), space=self.embedder.space)
+
+    def packed(self, vector: npt.NDArray[Any]) -> bytes:
+        return np.asarray(vector, "<f2").tobytes()
+
+    def add(self, number: int, row: ItemRow) -> list[ToEmbed]:
+        """Index the keys that have a vector of this space; what is left to embed."""
+        left = []
+        for place, key in enumerate(row.keys):
+            if key.vector and key.space == self.embedder.space:
+                vector = np.frombuffer(key.vector, "<f2").astype(np.float32)
+                self.add_vector(number, row.owner, row.scope, place, key.kind, vector)
+            else:
+                left.append(
+                    ToEmbed(
+                        number, row.item_id, row.owner, row.scope, place, key.kind, key.text
+                    )
+                )  # fmt: skip
+        return left
+
+    def add_vector(
+        self,
+        number: int,
+        owner: str,
+        scope: str,
+        place: int,
+        kind: str,
+        vector: npt.NDArray[Any],
+    ) -> None:
+        if self._index is None:
+            self._index = VectorIndex(len(vector))
+        if len(vector) == self._index.dimensions:
+            kind_number = KIND_NUMBER.get(kind, len(KIND_NUMBER))
+            self._index.add(owner, number, place, kind_number, scope_number(scope), vector)
+
+    def drop(self, owner: str, number: int) -> None:
+        if self._index is not None:
+            self._index.remove(owner, number)
+
+    async def search(
+        self,
+        text: str,
+        owners: Sequence[str],
+        *,
+        kinds: Iterable[str],
+        scopes: Iterable[str],
+        min_similarity: float,
+        limit: int,
+        allowed: Any,
+        by: Any,
+    ) -> list[Match]:
+        """scopes: () any, "" stands for put objects. Raises EmbedError."""
+        if self._index is None:
+            return []
+        (vector,) = await self.embedder.embed([text], by=by)
+        if len(vector) != self._index.dimensions:
+            raise EmbedError("embedder: another number of dimensions than what is stored")
+        return self._index.search(
+            owners,
+            vector,
+            kinds=[KIND_NUMBER[kind] for kind in kinds if kind in KIND_NUMBER],
+            scopes={scope_number(scope) if scope else ANY_SCOPE for scope in scopes},
+            min_similarity=min_similarity,
+            limit=limit,
+            allowed=allowed,
+        )
+
+    # -- the second gate -----------------------------------------------------------------------
+
+    def gate_for(self, tenant: str) -> Gate:
+        """The gate with the threshold this tenant's feedback has led to."""
+        return replace(self.gate, threshold=self.threshold(tenant).threshold)
+
+    def threshold(self, tenant: str) -> OnlineThreshold:
+        known = self._thresholds.get(tenant)
+        if known is None:
+            base = self.gate.threshold
+            least, most = max(0.0, base - WIDEST), max(base, MOST)
+            start = min(most, max(least, self._learned.get(tenant, base)))
+            known = OnlineThreshold(start, self.max_false_hit, step=STEP, least=least, most=most)
+            self._thresholds[tenant] = known
+            if len(self._thresholds) > MAX_TENANTS:
+                gone, old = self._thresholds.popitem(last=False)
+                self._learned[gone] = old.threshold
+        return known
+
+    def learn(self, tenant: str, *, good: bool, silent: bool = False) -> None:
+        """One served hit was right or wrong. silent: nobody complained, which alone never leads
+        below the gate's own threshold: most clients never say anything."""
+        rule = self.threshold(tenant)
+        before = rule.threshold
+        rule.learn(false_hit=not good)
+        if silent:
+            rule.threshold = max(rule.threshold, min(before, self.gate.threshold))
+
+    def set_gate(self, gate: Gate) -> None:
+        """Another gate has another scale: what was learned on the old one is forgotten."""
+        self.gate = gate
+        self._thresholds.clear()
+        self._learned.clear()
+
+    def learned(self) -> str:
+        """Thresholds that moved, for the store."""
+        moved = {tenant: rule.threshold for tenant, rule in self._thresholds.items()}
+        moved = {**self._learned, **moved}
+        base = self.gate.threshold
+        return json.dumps(
+            {"base": base, "tenants": {name: one for name, one in moved.items() if one != base}}
+        )
+
+    def recall(self, text: str) -> None:
+        """Take what `learned` said, if it was learned on this gate's scale."""
+        try:
+            plain = json.loads(text)
+            if plain["base"] == self.gate.threshold:
+                self._learned = {str(k): float(v) for k, v in plain["tenants"].items()}
+        except (ValueError, TypeError, KeyError):
+            return  # written by another version: start from the gate's own
+
+
+def load_gate(path: Path | None) -> Gate:
+    """The fitted gate of a file, else the rules. Raises ConfigError."""
+    if path is None:
+        return RuleGate()
+    from intentd.core.prompts.modelfile import decode_model
+
+    try:
+        trained = decode_model(path.read_bytes(), name=str(path), kind="cache")
+    except OSError as error:
+        raise ConfigError("cache.gate_file", path, f"a readable file ({error.strerror})") from None
+    except InputError as error:
+        raise ConfigError("cache.gate_file", path, str(error)) from None
+    assert isinstance(trained.model, GateModel)
+    return trained.model

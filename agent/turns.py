@@ -29,7 +29,8 @@ from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.domain import DomainGate, message_domain
 from intentd.core.flows.turn.member import Broadcast
 from intentd.daemons.kit.config import split_address
-from intentd.daemons.kit.keys import read_curve_keys, read_curve_public, read_fin_key
+from intentd.daemons.kit.handshake import HandshakeWatch
+from intentd.daemons.kit.keys import CurveKeys, read_curve_keys, read_curve_public, read_fin_key
 from intentd.daemons.kit.zap import secure_client
 from intentd.daemons.kit.zmqfd import ZmqStream
 
@@ -37,11 +38,9 @@ log = logging.getLogger(__name__)
 
 QUEUE: Final = 4096  # messages each way; a full queue drops, the protocol asks again
 RECONNECT_MS: Final = (20, 1000)
+REOPEN_S: Final = 1.0  # after a handshake that libzmq does not try again
 _DATAGRAMS_A_TURN: Final = 256
 _RECEIVE_BUFFER_BYTES: Final = 1 << 20
-_EVENT: Final = struct.Struct("=hi")
-_UP: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-_DOWN: Final = int(zmq.EVENT_DISCONNECTED)
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Now = Callable[[], float]
@@ -71,10 +70,23 @@ class SequencerLink:
         """Raises KeyFileError or IntentdError."""
         self.endpoint = section.endpoint
         self.connected = False
+        self.last_error = ""
         self.counts: Counter[str] = Counter()
+        self._context = context
         self._on_message = on_message
         self._on_connected = on_connected
-        dealer = context.socket(zmq.DEALER)
+        self._keys: tuple[CurveKeys, bytes] | None = None
+        if section.key_file:
+            self._keys = (
+                read_curve_keys(Path(section.key_file)),
+                read_curve_public(Path(section.server_key_file)),
+            )
+        self._again: asyncio.TimerHandle | None = None
+        self._watch, self._stream = self._open()
+
+    def _open(self) -> tuple[HandshakeWatch, ZmqStream]:
+        dealer = self._context.socket(zmq.DEALER)
+        watch: HandshakeWatch | None = None
         try:
             # Nothing waits for a connection that is not there: what was said before a restart of
             # the sequencer makes no sense after it.
@@ -82,32 +94,36 @@ class SequencerLink:
             dealer.setsockopt(zmq.SNDHWM, QUEUE)
             dealer.setsockopt(zmq.RCVHWM, QUEUE)
             dealer.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
-            dealer.setsockopt(zmq.IPV6, int("[" in section.endpoint))
+            dealer.setsockopt(zmq.IPV6, int("[" in self.endpoint))
             dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
             dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
-            if section.key_file:
-                secure_client(
-                    dealer,
-                    read_curve_keys(Path(section.key_file)),
-                    read_curve_public(Path(section.server_key_file)),
-                )
-            self._monitor = ZmqStream(dealer.get_monitor_socket(_UP | _DOWN), self._event)
-            dealer.connect(section.endpoint)
-        except zmq.ZMQError as error:
+            if self._keys is not None:
+                secure_client(dealer, *self._keys)
+            watch = HandshakeWatch(
+                dealer,
+                encrypted=self._keys is not None,
+                on_link=self._linked,
+                on_refused=self._refused,
+            )
+            dealer.connect(self.endpoint)
+        except BaseException as error:
+            if watch is not None:
+                watch.stop()
             dealer.close(linger=0)
-            raise IntentdError(f"sequencer.endpoint: {section.endpoint}: {error}") from None
-        except BaseException:
-            dealer.close(linger=0)
+            if isinstance(error, zmq.ZMQError):
+                raise IntentdError(f"sequencer.endpoint: {self.endpoint}: {error}") from None
             raise
-        self._stream = ZmqStream(dealer, self._received)
+        return watch, ZmqStream(dealer, self._received)
 
     def start(self) -> None:
-        self._monitor.start()
+        self._watch.start()
         self._stream.start()
 
     def stop(self) -> None:
-        self._stream.socket.disable_monitor()
-        self._monitor.stop()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        self._watch.stop()
         self._stream.stop(linger_ms=100)
 
     def send(self, message: wire.Message) -> None:
@@ -126,18 +142,36 @@ class SequencerLink:
         self.counts["received"] += 1
         self._on_message(message)
 
-    def _event(self, parts: list[bytes]) -> None:
-        event, _ = _EVENT.unpack_from(parts[0])
-        up = event == _UP
-        if up != self.connected:
-            self.connected = up
-            log.log(
-                logging.INFO if up else logging.WARNING,
-                "sequencer %s",
-                "connected" if up else "away: flows fall back to local order",
-                extra={"endpoint": self.endpoint},
-            )
-            self._on_connected(up)
+    def _linked(self, up: bool) -> None:
+        if up == self.connected:
+            return
+        self.connected = up
+        if up:
+            self.last_error = ""
+        log.log(
+            logging.INFO if up else logging.WARNING,
+            "sequencer %s",
+            "connected" if up else "away: flows fall back to local order",
+            extra={"endpoint": self.endpoint},
+        )
+        self._on_connected(up)
+
+    def _refused(self, reason: str, final: bool) -> None:
+        """A handshake failed, such as for wrong keys; told once a reason."""
+        reason = f"sequencer.{reason}" if "key_file" in reason else reason
+        if reason != self.last_error:
+            extra = {"endpoint": self.endpoint, "reason": reason}
+            log.warning("sequencer refuses: flows fall back to local order", extra=extra)
+        self.last_error = reason
+        if final and self._again is None:
+            self._again = asyncio.get_running_loop().call_later(REOPEN_S, self._reopen)
+
+    def _reopen(self) -> None:
+        self._again = None
+        self._watch.stop()
+        self._stream.stop()
+        self._watch, self._stream = self._open()
+        self.start()
 
 
 class FinPort:
@@ -253,10 +287,15 @@ class Turns:
 
         Links that are no longer needed close after their domains have said goodbye.
         """
-        if members and fin.key_file and self._fins is None:
-            key = read_fin_key(Path(fin.key_file))
-            self._fins = FinPort(fin, key, name=self._name, boot=self._boot, on_fin=self._dispatch)
-            self._fins.start()
+        if fin.key_file and self._fins is None:
+            key = read_fin_key(
+                Path(fin.key_file)
+            )  # a wrong path is told now, not at a later reload
+            if members:
+                self._fins = FinPort(
+                    fin, key, name=self._name, boot=self._boot, on_fin=self._dispatch
+                )
+                self._fins.start()
         for member in members:
             for address in member.section.fin_addresses if self._fins is not None else ():
                 assert self._fins is not None
@@ -340,7 +379,12 @@ class Turns:
         plain: dict[str, Any] = {
             "unknown_domain": self._unknown_domain,
             "links": [
-                {"endpoint": link.endpoint, "connected": link.connected, **link.counts}
+                {
+                    "endpoint": link.endpoint,
+                    "connected": link.connected,
+                    "last_error": link.last_error,
+                    **link.counts,
+                }
                 for link in self._links.values()
             ],
         }

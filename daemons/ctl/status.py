@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,8 +101,10 @@ def _numbers(policies: dict[str, list[int]]) -> str:
 def _link(controller: dict[str, Any] | None) -> str:
     if controller is None:
         return "-"
-    state = "connected" if controller["connected"] else "away"
-    return f"{state} {format_duration(controller['since_s'])}"
+    since = format_duration(controller["since_s"])
+    if controller["connected"]:
+        return f"connected {since}"
+    return f"away {since}" + (f": {why}" if (why := controller["last_error"]) else "")
 
 
 @app.command()
@@ -112,25 +115,36 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show all daemons and members; exits 4 if anything is degraded, 3 if none runs."""
+    show = print_json if as_json else _show
     if watch:
-        _watch(lambda: gather(run_dir), interval_s)
+        _watch(lambda: gather(run_dir), show, interval_s, redraw=not as_json)
     document = gather(run_dir)
-    if as_json:
-        print_json(document)
-    elif document["daemons"] or document["unreachable"]:
-        render(document)
-    else:
-        message("intentctl: no daemon runs here (intentctl up starts the suite)")
+    show(document)
     raise typer.Exit(int(code_of(document)))
 
 
-def _watch(read: Callable[[], dict[str, Any]], interval_s: float) -> None:
-    """Redraw until interrupted."""
+def _show(document: dict[str, Any]) -> None:
+    if document["daemons"] or document["unreachable"]:
+        render(document)
+    else:
+        message("intentctl: no daemon runs here (intentctl up starts the suite)")
+
+
+def _watch(
+    read: Callable[[], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    interval_s: float,
+    *,
+    redraw: bool,
+) -> None:
+    """Show again until interrupted; with --json one document a line."""
     try:
         while True:
             document = read()
-            print("\x1b[H\x1b[2J", end="")
-            render(document)
+            if redraw:
+                print("\x1b[H\x1b[2J", end="")
+            show(document)
+            sys.stdout.flush()
             time.sleep(interval_s)
     except KeyboardInterrupt:
         raise typer.Exit(int(ExitCode.OK)) from None

@@ -40,6 +40,7 @@ from intentd.core.messages import (
 from intentd.daemons.kit.codec import MAX_MESSAGE_BYTES, decode, encode, limit_socket, policy_order
 from intentd.daemons.kit.config import ControllerSection, DaemonConfig
 from intentd.daemons.kit.files import write_atomically
+from intentd.daemons.kit.handshake import HandshakeWatch
 from intentd.daemons.kit.keys import (
     CurveKeys,
     read_curve_keys,
@@ -87,6 +88,7 @@ class MemberLink:
         self._capabilities = capabilities
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._stream: ZmqStream | None = None
+        self._watch: HandshakeWatch | None = None
         self._applied: dict[str, NumberedPolicy] = {}
         self._pending: dict[str, NumberedPolicy] = {}
         self._unsaved: set[str] = set()
@@ -101,6 +103,7 @@ class MemberLink:
         self._interval_s = self._section.report_interval_s
         self._last_error = ""
         self._refused = False
+        self._shut_out = False  # this socket will not connect any more
         self._report_now = False
         self._keys: tuple[CurveKeys, bytes] | None = None
         self._running: list[asyncio.Task[None]] = []
@@ -129,6 +132,7 @@ class MemberLink:
         self._running.clear()
         if self._stream is not None:
             stream, self._stream = self._stream, None
+            self._unwatch()
             if self._state is LinkState.JOINED:
                 stream.send([encode(Goodbye(self._kit.boot))])
             stream.stop(linger_ms=GOODBYE_LINGER_MS)
@@ -195,20 +199,39 @@ class MemberLink:
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, max(1, int(section.backoff_max_s * 1000)))
             if self._keys is not None:
                 secure_client(socket, *self._keys)
+            self._watch = HandshakeWatch(
+                socket, encrypted=self._keys is not None, on_refused=self._no_handshake
+            )
             socket.connect(section.endpoint)
         except zmq.ZMQError as error:
+            self._unwatch()
             socket.close(linger=0)
             raise IntentdError(f"controller.endpoint: {section.endpoint}: {error}") from None
         except BaseException:
+            self._unwatch()
             socket.close(linger=0)
             raise
         self._stream = ZmqStream(socket, self._received)
         self._stream.start()
+        self._watch.start()
+        self._shut_out = False
 
     def _close(self) -> None:
         if self._stream is not None:
+            self._unwatch()
             self._stream.stop()
             self._stream = None
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _no_handshake(self, reason: str, final: bool) -> None:
+        self._refuse(f"controller.{reason}" if "key_file" in reason else reason)
+        if final:
+            self._shut_out = True
+            self._news.set()
 
     async def _run(self) -> None:
         """Greet, report while answered, and greet again; for ever."""
@@ -218,13 +241,14 @@ class MemberLink:
             self._say_hello()
             limit_s = self._section.backoff_max_s * self._kit.rng.uniform(0.75, 1.25)
             if not await self._answered(limit_s):
-                if not self._refused:  # nobody there: a fresh socket looks the name up again
+                nobody = not (self._refused or self._shut_out)
+                if not nobody:
+                    self._refused = False
+                    await self._kit.clock.sleep(wait_s * self._kit.rng.uniform(0.5, 1.5))
+                    wait_s = min(2 * wait_s, self._section.backoff_max_s)
+                if nobody or self._shut_out:  # a fresh socket also looks the name up again
                     self._close()
                     self._open()
-                    continue
-                self._refused = False
-                await self._kit.clock.sleep(wait_s * self._kit.rng.uniform(0.5, 1.5))
-                wait_s = min(2 * wait_s, self._section.backoff_max_s)
                 continue
             joined_s = self._kit.clock.now()
             await self._report_while_answered()
@@ -237,7 +261,7 @@ class MemberLink:
 
     async def _answered(self, limit_s: float) -> bool:
         deadline = self._kit.clock.now() + limit_s
-        while self._state is LinkState.GREETING and not self._refused:
+        while self._state is LinkState.GREETING and not (self._refused or self._shut_out):
             left = deadline - self._kit.clock.now()
             if left <= 0:
                 return False
@@ -334,12 +358,16 @@ class MemberLink:
         elif isinstance(message, NumberedPolicy):
             self._offered(message)
         else:
-            if message.reason != self._last_error:  # once a reason, not once a message
-                _log.warning("controller refuses", extra={"reason": message.reason})
-            self._last_error = message.reason
+            self._refuse(message.reason)
             self._refused = self._state is LinkState.GREETING
             self._enter(LinkState.GREETING)
             self._news.set()
+
+    def _refuse(self, reason: str) -> None:
+        if reason != self._last_error:  # once a reason, not once a message
+            endpoint = self._section.endpoint
+            _log.warning("controller refuses", extra={"endpoint": endpoint, "reason": reason})
+        self._last_error = reason
 
     def _welcomed(self, message: Welcome) -> None:
         if not 0.01 <= message.report_interval_s <= 3600:

@@ -6,18 +6,21 @@ import asyncio
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
+from intentd.agent import turns
 from intentd.agent.config import FinSection, SequencerSection
 from intentd.agent.turns import FinPort, SequencerLink
 from intentd.core.errors import IntentdError
 from intentd.core.flows.fin import Fin, FinSigner
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.member import Broadcast
-from intentd.daemons.kit.keys import new_fin_key
+from intentd.daemons.kit.keys import new_curve_keys, new_fin_key, write_curve_keys
+from intentd.daemons.kit.zap import secure_server
 
 KEY = new_fin_key()
 RUNS = (wire.Run(0, 5, 2),)
@@ -94,6 +97,45 @@ async def test_a_port_in_use_and_a_target_out_of_reach_are_told() -> None:
     sending.send(Broadcast(1, 2, RUNS), [("255.255.255.255", 9)])  # not from loopback
     assert sum(sending.counts.values()) == 1
     sending.stop()
+
+
+async def test_wrong_keys_are_told_and_the_link_recovers_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "REOPEN_S", 0.05)
+    server = new_curve_keys()
+    write_curve_keys(tmp_path / "server", server)
+    write_curve_keys(tmp_path / "agent", new_curve_keys())
+    context: Any = zmq.Context(1)
+    router = context.socket(zmq.ROUTER)
+    number = router.bind_to_random_port("tcp://127.0.0.1")
+    section = SequencerSection(
+        endpoint=f"tcp://127.0.0.1:{number}",
+        key_file=str(tmp_path / "agent"),
+        server_key_file=str(tmp_path / "server.pub"),
+    )
+    link = SequencerLink(context, section, on_message=lambda m: None, on_connected=lambda up: None)
+    link.start()
+    await until(lambda: link.last_error)
+    assert link.last_error == "sequencer.key_file: set here, but the other side has no keys"
+    router.close(linger=0)
+    mended = context.socket(zmq.ROUTER)
+    secure_server(mended, server)
+    await until(lambda: _bound(mended, number))
+    await until(lambda: link.connected)
+    assert link.last_error == ""
+    mended.close(linger=0)
+    link.stop()
+    context.destroy(linger=0)
+
+
+def _bound(router: Any, number: int) -> bool:
+    """The closed socket leaves its port a moment later, in libzmq's own thread."""
+    try:
+        router.bind(f"tcp://127.0.0.1:{number}")
+    except zmq.ZMQError:
+        return False
+    return True
 
 
 async def test_the_link_tells_up_and_down_and_drops_nonsense() -> None:

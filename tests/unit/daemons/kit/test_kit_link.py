@@ -327,11 +327,32 @@ async def test_curve_lets_in_only_the_allow_list(rig: Rig) -> None:
             >= 1
         )
     )
+    for link, says in (
+        (stranger, "controller.key_file: its public key is not on the other side's list"),
+        (plain, "controller.key_file: empty here, but the other side asks for keys"),
+        (wrong, "controller.server_key_file: not the other side's public key"),
+    ):
+        await rig.story.until(lambda link=link, says=says: _last_error(link).startswith(says))
     assert not any(link.connected for link in (stranger, plain, wrong, impostor))
     files.allow.write_text(files.allow.read_text() + f"{files.pairs['b'].public.hex()}\n")
     hub.reconfigure(hub._section)
     await rig.story.until(lambda: stranger.connected)
     assert {member.name for member in hub.members()} == {"a", "b"}
+
+
+def _last_error(link: MemberLink) -> str:
+    return str(link.summary()["last_error"])
+
+
+async def test_keys_that_only_the_member_has_are_told_and_mended(rig: Rig) -> None:
+    files = Encrypted(rig.directory)
+    hub = await rig.hub()
+    link = await rig.member(hub.endpoint, "a", **files.member("a"))
+    says = "controller.key_file: set here, but the other side has no keys"
+    await rig.story.until(lambda: _last_error(link) == says)
+    await hub.stop()
+    await rig.hub(hub.endpoint, **files.hub)
+    await rig.story.until(lambda: link.connected)
 
 
 async def test_a_revoked_key_is_cut_off(rig: Rig) -> None:

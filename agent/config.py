@@ -17,6 +17,7 @@ from intentd.core.flows.policy import (
     domain_from_plain,
 )
 from intentd.daemons.kit.config import (
+    ZMQ_ADDRESS_OR_NONE,
     DaemonConfig,
     Duration,
     Rate,
@@ -96,7 +97,7 @@ class SequencerSection(Section):
     endpoint: str = Field(
         default="",
         description="ZeroMQ address of the domain's sequencer. Empty: local order only.",
-        pattern=r"^((tcp|ipc)://.+)?$",
+        pattern=ZMQ_ADDRESS_OR_NONE,
     )
     key_file: str = Field(
         default="", description="This agent's CURVE key pair. Empty: no encryption."

@@ -34,11 +34,11 @@ def _parse(
     text: object, units: dict[str, float] | dict[str, int], field: str, example: str
 ) -> float:
     if isinstance(text, bool) or not isinstance(text, (int, float, str)):
-        raise InputError(field, text, f"a number or text such as {example}")
+        raise InputError(field, text, f"a number >= 0 or text such as {example}")
     match = _NUMBER.match(str(text))
     factor = units.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
-        raise InputError(field, text, f"a number or text such as {example}")
+        raise InputError(field, text, f"a number >= 0 or text such as {example}")
     value = float(match.group(1)) * factor
     if value == float("inf"):
         raise InputError(field, text, "a finite number")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,11 +145,8 @@ def classes(
     as_json: JsonOption = False,
 ) -> None:
     """Size classes of a workload: thresholds (Algorithm 1), weights (job shares), C^2 in each."""
-    try:
-        item = chosen_workload(workload, cdf)
-        preset = chosen_thresholds(item, thresholds)
-    except InputError as error:
-        refuse(error)
+    item = chosen_workload(workload, cdf)
+    preset = chosen_thresholds(item, thresholds)
     import numpy as np
 
     from intentd.core.flows.classes import fit_classes
@@ -175,9 +171,3 @@ def classes(
         zip(fit.thresholds_bytes, fit.weights, fit.c2, strict=True)
     ):
         typer.echo(f"{index:>5} {format_size(limit):>10} {weight:>8.4f} {c2:>6.3f}")
-
-
-def refuse(error: InputError) -> None:
-    """Say what is wrong with the input and exit with 2."""
-    print(f"error: {error}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import intentd
-from intentd.core.errors import IntentdError
+from intentd.core.errors import InputError, IntentdError
 from intentd.daemons.ctl.output import ExitCode, exit_code_of, message
 
 PROGRAM: Final = "intentctl"
@@ -75,6 +75,19 @@ class LazyGroup(TyperGroup):
             group.name = cmd_name
             return group
         return typer.main.get_group(app).commands[cmd_name]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Says of a value that does not fit its option what it was; the library says only why."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            errors = getattr(error.__cause__, "errors", None)
+            if errors is None or error.param is None:
+                raise
+            first = errors()[0]
+            name = error.param.get_error_hint().strip("'")
+            expected = first["msg"].removeprefix("Input should be ")
+            raise InputError(name, first["input"], expected) from None
 
 
 def _unavailable(name: str, missing: str, extra: str) -> Any:

@@ -17,7 +17,6 @@ from intentd.daemons.ctl.flows import (
     WorkloadOption,
     chosen_thresholds,
     chosen_workload,
-    refuse,
 )
 from intentd.daemons.ctl.sim_jobs import jobs_command
 
@@ -54,25 +53,20 @@ def flows(
     as_json: JsonOption = False,
 ) -> None:
     """Completion times of one trace under each policy, on one fluid link."""
-    try:
-        item = chosen_workload(workload, cdf)
-        preset = chosen_thresholds(item, thresholds)
-        if weights not in ("job-shares", "virtual-ps"):
-            raise InputError("--weights", weights, "job-shares or virtual-ps")
-        from intentd.core.units import parse_rate_bps
-
-        link_bps = parse_rate_bps(rate, "--rate")
-        names = _policy_names(policies)
-        from intentd.core.flows.sampling import poisson_trace
-
-        trace = poisson_trace(item.cdf, load=load, rate_bps=link_bps, flows=flows, seed=seed)
-    except InputError as error:
-        refuse(error)
+    item = chosen_workload(workload, cdf)
+    preset = chosen_thresholds(item, thresholds)
+    if weights not in ("job-shares", "virtual-ps"):
+        raise InputError("--weights", weights, "job-shares or virtual-ps")
     import numpy as np
 
     from intentd.core.flows.classes import policy_from_sample
-    from intentd.core.flows.sampling import sample_sizes
+    from intentd.core.flows.sampling import poisson_trace, sample_sizes
     from intentd.core.sim.flows import NO_MAX_WAIT_S, fct_metrics, simulate, simulate_srpt
+    from intentd.core.units import parse_rate_bps
+
+    link_bps = parse_rate_bps(rate, "--rate")
+    names = _policy_names(policies)
+    trace = poisson_trace(item.cdf, load=load, rate_bps=link_bps, flows=flows, seed=seed)
 
     # The classes come from flows that are not in the trace: a generator of its own.
     sample = sample_sizes(item.cdf, CLASS_SAMPLES, np.random.default_rng([seed, 1]))
@@ -151,14 +145,11 @@ def faults(
     """
     from intentd.core.sim.faults import Faults, add_up, run_seed
 
-    try:
-        first, last = _seed_range(seeds)
-        if not 0 <= loss <= 0.9:
-            raise InputError("--loss", loss, "a share in 0 to 0.9")
-        if jobs < 0:
-            raise InputError("--jobs", jobs, "0 or a number of processes")
-    except InputError as error:
-        refuse(error)
+    first, last = _seed_range(seeds)
+    if not 0 <= loss <= 0.9:
+        raise InputError("--loss", loss, "a share in 0 to 0.9")
+    if jobs < 0:
+        raise InputError("--jobs", jobs, "0 or a number of processes")
     wrong = Faults(loss, kill, partition)
     if trace:
         runs = []

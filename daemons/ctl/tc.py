@@ -59,7 +59,7 @@ def plan(
     from intentd.agent.tc.shaper import INGRESS_SHARE
 
     if not 0 < len(device.encode()) <= MAX_DEVICE_BYTES or "/" in device:
-        raise InputError("device", device, f"a device name of 1 to {MAX_DEVICE_BYTES} bytes")
+        raise InputError("--device", device, f"a device name of 1 to {MAX_DEVICE_BYTES} bytes")
     chosen = _read_policy(policy, domain)
     ingress = direction is Direction.INGRESS
     link_bps = parse_rate_bps(rate) if rate else chosen.rate_bps
@@ -101,11 +101,13 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Read a device's qdisc, classes, filters and counters from the kernel."""
-    from intentd.agent.tc.netlink import TrafficControl
+    from intentd.agent.tc.netlink import NoDeviceError, TrafficControl
 
     control = TrafficControl()
     try:
         reading = control.read(device)
+    except NoDeviceError:
+        raise InputError("--device", device, "a network device of this host") from None
     finally:
         control.close()
     document = _reading_to_plain(reading)

@@ -31,6 +31,8 @@ STATUS_PORTS: Final = {
     "proxy": 7451,
 }
 CONTROLLER_ENDPOINT: Final = "tcp://127.0.0.1:7400"
+ZMQ_ADDRESS: Final = r"^(tcp|ipc)://.+"
+ZMQ_ADDRESS_OR_NONE: Final = r"^((tcp|ipc)://.+)?$"
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}\Z")
 
 # An empty field name: the loader puts the path in front.
@@ -145,7 +147,7 @@ class ControllerSection(Section):
     endpoint: str = Field(
         default=CONTROLLER_ENDPOINT,
         description="ZeroMQ address of the controller's hub.",
-        pattern=r"^(tcp|ipc)://.+",
+        pattern=ZMQ_ADDRESS,
     )
     key_file: str = Field(
         default="",
@@ -184,7 +186,7 @@ class HubSection(Section):
     bind: str = Field(
         default=CONTROLLER_ENDPOINT,
         description="ZeroMQ address; off loopback only with key_file.",
-        pattern=r"^(tcp|ipc)://.+",
+        pattern=ZMQ_ADDRESS,
     )
     key_file: str = Field(
         default="", description="The controller's CURVE key pair. Empty: no encryption."
@@ -314,10 +316,10 @@ def load_config(model: type[M], path: Path | None, environ: Mapping[str, str]) -
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidConfigError(
-                [ConfigError(str(path), error.strerror, "a readable file")]
+                [ConfigError("file", error.strerror, "a readable file")]
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidConfigError([ConfigError(str(path), str(error), "a TOML file")]) from None
+            raise InvalidConfigError([ConfigError("file", str(error), "a TOML file")]) from None
     _override(table, model, environ)
     return validate(model, table)
 
@@ -356,10 +358,22 @@ def _convert(model: type[BaseModel], item: Any) -> ConfigError:
         return ConfigError(where, value, hint)
     if kind == "missing":
         return ConfigError(where, None, "a value (it is required)")
+    if kind == "string_pattern_mismatch":
+        return ConfigError(where, value, _form(item["ctx"]["pattern"]))
     text = str(item["msg"])
     for prefix in ("Input should be ", "Value error, "):
         text = text.removeprefix(prefix)
     return ConfigError(where, value, text)
+
+
+def _form(pattern: str) -> str:
+    """A field's pattern in words, as far as it has any."""
+    words = re.fullmatch(r"\^\(([a-z_|]+)\)\$", pattern)
+    if words is not None:
+        return f"one of {', '.join(words[1].split('|'))}"
+    if pattern in (ZMQ_ADDRESS, ZMQ_ADDRESS_OR_NONE):
+        return "tcp://HOST:PORT or ipc://PATH"
+    return f"text of the form {pattern}"
 
 
 def _path(loc: tuple[Any, ...]) -> str:

@@ -10,6 +10,7 @@ from intentd.core.errors import ConfigError
 from intentd.core.flows.policy import MAX_DOMAINS
 from intentd.core.flows.turn.sequencer import SequencerSettings
 from intentd.daemons.kit.config import (
+    ZMQ_ADDRESS,
     DaemonConfig,
     Duration,
     Section,
@@ -27,7 +28,7 @@ class TurnsSection(Section):
     bind: str = Field(
         default=TURNS_ENDPOINT,
         description="ZeroMQ address; off loopback only with key_file.",
-        pattern=r"^(tcp|ipc)://.+",
+        pattern=ZMQ_ADDRESS,
     )
     key_file: str = Field(
         default="", description="The sequencer's CURVE key pair. Empty: no encryption."

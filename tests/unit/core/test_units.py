@@ -23,6 +23,7 @@ def test_a_bad_quantity_names_field_value_and_example(text: object) -> None:
         units.parse_rate_bps(text, "domains[0].rate")
     assert caught.value.field == "domains[0].rate"
     assert caught.value.value == text
+    assert caught.value.expected in ("a number >= 0 or text such as '1Gbit'", "a finite number")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.00025, "250us"), (0.25, "250ms"), (12.0, "12s")])

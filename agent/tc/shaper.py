@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from intentd.agent.tc import plan
+from intentd.agent.tc.claim import Claims
 from intentd.agent.tc.guard import Guard
 from intentd.agent.tc.netlink import (
     ClassCounters,
@@ -80,6 +81,8 @@ class ShapingHost:
         self.thread = KernelThread(control)
         # (device, direction) -> the one shaper that holds it, from its first policy on
         self.claims: dict[tuple[str, str], Shaper] = {}
+        # the same among processes
+        self.holds = Claims()
 
     def shaper(self, device: str, direction: str = "egress", **options: Any) -> Shaper:
         """A shaper of this host; options as Shaper's."""
@@ -101,6 +104,7 @@ class ShapingHost:
         except (IntentdError, OSError) as error:
             log.warning("restoring qdiscs", extra={"error": str(error)})
         finally:
+            self.holds.drop_all()
             await self.thread.call(self.guard.disarm)
             self.thread.close()
         return outcomes
@@ -114,11 +118,13 @@ class ShapingHost:
         return outcomes
 
     def remember(self, found: Found) -> None:
-        """Record a device before its first change, and arm the dead-man. Holds the lock already.
+        """Claim and record a device before its first change, and arm the dead-man.
 
-        What an earlier agent recorded for the same device is kept: it saw the device untouched.
-        Raises AgentAliveError if another agent holds the devices, OSError if the disk refuses.
+        Holds the lock already. What an earlier agent recorded for the same device is kept: it saw
+        the device untouched. Raises AgentAliveError if another agent holds the device, OSError if
+        the disk refuses.
         """
+        self.holds.take(found.ifindex, found.device, found.direction)
         me = Owner.current()
         record = self.state.load()
         if record is None or record.boot != boot_id():
@@ -380,9 +386,12 @@ class Shaper:
         )
 
     def _restore_own(self) -> list[Restored]:
-        if not self.host.state.path.exists():
-            return []
-        return restore_all(self.host.state, self.host.control, select=self._is_mine)
+        try:
+            if not self.host.state.path.exists():
+                return []
+            return restore_all(self.host.state, self.host.control, select=self._is_mine)
+        finally:
+            self.host.holds.drop(self.device, self.direction)
 
     def _is_mine(self, found: Found) -> bool:
         return (found.device, found.direction) == (self.device, self.direction)

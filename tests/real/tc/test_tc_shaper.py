@@ -4,103 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import re
-import select
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.real.tc.tools import SRC, Opener, classes, devices, policy, root_qdisc, without_counters
 
 from intentd.agent.marking import mark
 from intentd.agent.tc import plan
 from intentd.agent.tc.netlink import KernelThread, TrafficControl
-from intentd.agent.tc.shaper import Shaper, Shaping, ShapingHost
+from intentd.agent.tc.shaper import Shaper, Shaping
 from intentd.core.errors import PolicyError
-from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 from intentd.testbed import netns
 
 pytestmark = [pytest.mark.real, pytest.mark.netns]
-SRC = Path(__file__).parents[2] / "src"
-
-
-def policy(
-    *weights: float,
-    rate_bps: float = 1e9,
-    dscps: tuple[int, ...] = (),
-    priorities: tuple[int, ...] = (),
-) -> DomainPolicy:
-    last = len(weights) - 1
-    return DomainPolicy(
-        "link",
-        rate_bps,
-        tuple(
-            ClassPolicy(
-                math.inf if index == last else 1e4 * 10**index,
-                weight,
-                dscp=dscps[index] if dscps else 0,
-                priority=priorities[index] if priorities else 0,
-            )
-            for index, weight in enumerate(weights)
-        ),
-    )
-
-
-@pytest.fixture
-def net() -> Iterator[netns.Topology]:
-    reason = netns.unavailable()
-    if reason:
-        pytest.skip(reason)
-    with netns.Topology("ttc") as topology:
-        yield topology
-
-
-@pytest.fixture
-def node(net: netns.Topology) -> netns.Namespace:
-    node, peer = net.namespace("node"), net.namespace("peer")
-    net.pair(node, peer)
-    return node
-
-
-Opener = Callable[..., ShapingHost]
-
-
-@pytest.fixture
-async def host_in(tmp_path: Path) -> AsyncIterator[Opener]:
-    hosts: list[ShapingHost] = []
-
-    def make(namespace: netns.Namespace, control: TrafficControl | None = None) -> ShapingHost:
-        with namespace.entered():
-            hosts.append(ShapingHost(tmp_path / "tc.json", control))
-        return hosts[-1]
-
-    yield make
-    for host in hosts:
-        await host.close()
-
-
-def root_qdisc(namespace: netns.Namespace, device: str = "eth0") -> str:
-    shown = namespace.tc("qdisc", "show", "dev", device, "root").stdout
-    return " ".join(shown.split()[1:3])
-
-
-def classes(namespace: netns.Namespace, device: str = "eth0") -> dict[str, str]:
-    text = namespace.tc("class", "show", "dev", device).stdout
-    return {line.split()[2]: line for line in text.splitlines()}
-
-
-def devices(namespace: netns.Namespace) -> list[str]:
-    return [line.split()[0] for line in namespace.ip("-br", "link").stdout.splitlines()]
-
-
-def without_counters(namespace: netns.Namespace) -> str:
-    text = namespace.tc("-d", "qdisc", "show", "dev", "eth0").stdout
-    return re.sub(r"direct_packets_stat \d+", "", text)
 
 
 async def test_apply_is_what_tc_shows_and_restore_gives_back(
@@ -384,196 +305,6 @@ async def test_refused_change_in_place_puts_the_old_tree_back(
     state = await shaper.apply(policy(0.5, 0.3, 0.2))
     assert state.state is Shaping.FAILED
     assert classes(node) == before
-
-
-AGENT = """
-import asyncio, pathlib, sys
-from intentd.agent.tc.netlink import has_net_admin
-from intentd.agent.tc.shaper import ShapingHost
-from intentd.core.flows.policy import ClassPolicy, DomainPolicy
-async def main():
-    host = ShapingHost(pathlib.Path(sys.argv[1]))
-    shaper = host.shaper("eth0", *sys.argv[2:])
-    only = (ClassPolicy(float("inf"), 1.0, dscp=10),)
-    print("applying", flush=True)
-    state = await shaper.apply(DomainPolicy("link", 1e9, only))
-    print(state.state.value, host.guard.pid, state.reason, flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    await host.close()
-asyncio.run(main())
-"""
-
-
-def agent(
-    node: netns.Namespace, state: Path, *before: str, direction: str = "egress"
-) -> tuple[subprocess.Popen[bytes], str]:
-    """A process that shapes until its stdin ends, and what it said of its state."""
-    process = start_agent(node, state, *before, direction=direction)
-    assert process.stdout is not None
-    return process, process.stdout.readline().decode().strip()
-
-
-def start_agent(
-    node: netns.Namespace, state: Path, *before: str, direction: str = "egress"
-) -> subprocess.Popen[bytes]:
-    process = node.popen(
-        [*before, sys.executable, "-c", AGENT, str(state), direction],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(SRC)},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"applying\n"
-    return process
-
-
-def gone(pid: int) -> bool:
-    """Wait for the end of a process that is no child of ours."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([fd], [], [], 20)[0])
-    finally:
-        os.close(fd)
-
-
-def test_killed_agent_leaves_the_device_as_found(node: netns.Namespace, tmp_path: Path) -> None:
-    process, said = agent(node, tmp_path / "tc.json")
-    assert said.startswith("shaped ")
-    assert root_qdisc(node) == "htb 2d17:"
-    guard = int(said.split()[1])
-    os.kill(guard, signal.SIGTERM)  # what a service manager sends to the whole group
-    process.kill()
-    process.wait()
-    assert gone(guard)
-    assert root_qdisc(node) == "noqueue 0:"
-    assert not (tmp_path / "tc.json").exists()
-
-
-def guards(state: Path) -> list[int]:
-    """Processes, dead-man shells or what they became, that carry this state file's name."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(state).encode() in words and b"--state" in words:
-            found.append(int(path.parent.name))
-    return found
-
-
-@pytest.mark.parametrize("direction", ["egress", "ingress"])
-def test_killed_at_any_moment_of_applying(
-    node: netns.Namespace, tmp_path: Path, direction: str
-) -> None:
-    if direction == "ingress":
-        if node.ip("link", "add", "probe", "type", "ifb", check=False).returncode:
-            pytest.skip("this kernel has no IFB")
-        node.ip("link", "del", "probe")
-    state = tmp_path / "tc.json"
-    links, qdiscs = devices(node), node.tc("qdisc").stdout
-    for delay_ms in (0, 50, 70, 90, 110, 130, 150, 200):
-        process = start_agent(node, state, direction=direction)
-        select.select([], [], [], delay_ms / 1000)  # not a wait for anything: the moment varies
-        process.kill()
-        process.wait()
-        for pid in guards(state):
-            assert gone(pid)
-        if state.exists():  # recorded, killed before the dead-man was armed: nothing was changed
-            done = node.run(
-                [sys.executable, "-m", "intentd.agent.tc.restore", "--state", str(state)],
-                env={**os.environ, "PYTHONPATH": str(SRC)},
-            )
-            assert done.returncode == 0, done.stderr
-        assert node.tc("qdisc").stdout == qdiscs
-        assert devices(node) == links
-
-
-def test_stopped_agent_restores_and_its_guard_ends(node: netns.Namespace, tmp_path: Path) -> None:
-    process, said = agent(node, tmp_path / "tc.json")
-    assert said.startswith("shaped ")
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(20) == 0
-    assert root_qdisc(node) == "noqueue 0:"
-    assert gone(int(said.split()[1]))
-
-
-def test_restore_command_leaves_a_living_agent_alone_then_cleans_up(
-    node: netns.Namespace, tmp_path: Path
-) -> None:
-    state = tmp_path / "tc.json"
-    process, said = agent(node, state)
-    guard = int(said.split()[1])
-    os.kill(guard, signal.SIGKILL)
-    command = [sys.executable, "-m", "intentd.agent.tc.restore", "--state", str(state), "--json"]
-    env = {**os.environ, "PYTHONPATH": str(SRC)}
-    refused = node.run(command, env=env)
-    assert refused.returncode == 1
-    assert f"pid {process.pid}" in refused.stderr
-    process.kill()
-    process.wait()
-    assert root_qdisc(node) == "htb 2d17:"
-    done = node.run(command, env=env)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["devices"][0]["outcome"] == "restored"
-    assert root_qdisc(node) == "noqueue 0:"
-    again = node.run(command, env=env)
-    assert (again.returncode, json.loads(again.stdout)) == (0, {"devices": []})
-    state.write_text("{}")
-    assert node.run(command, env=env).returncode == 2
-
-
-async def test_next_agent_adopts_what_a_killed_one_left(
-    node: netns.Namespace, tmp_path: Path, host_in: Opener
-) -> None:
-    process, said = agent(node, tmp_path / "tc.json")
-    os.kill(int(said.split()[1]), signal.SIGKILL)
-    process.kill()
-    process.wait()
-    shaper = host_in(node).shaper("eth0")
-    await shaper.apply(policy(0.5, 0.5))
-    assert shaper.status()["changes"] == 5  # in place: two classes, a queue; two filters go
-    record = json.loads((tmp_path / "tc.json").read_text())
-    assert record["owner"]["pid"] == os.getpid()
-    assert record["devices"][0]["kind"] == "noqueue"
-    await shaper.restore()
-    assert root_qdisc(node) == "noqueue 0:"
-
-
-async def test_second_agent_on_the_host_is_refused(
-    node: netns.Namespace, tmp_path: Path, host_in: Opener
-) -> None:
-    process, said = agent(node, tmp_path / "tc.json")
-    assert said.startswith("shaped")
-    state = await host_in(node).shaper("eth0").apply(policy(0.5, 0.5))
-    assert state.state is Shaping.FAILED
-    assert f"pid {process.pid}" in state.reason
-    assert len(classes(node)) == 3
-    process.kill()
-    process.wait()
-    assert gone(int(said.split()[1]))
-
-
-@pytest.mark.skipif(not Path("/usr/bin/setpriv").exists(), reason="setpriv is not installed")
-def test_without_privilege_it_says_so_and_touches_nothing(
-    node: netns.Namespace, tmp_path: Path
-) -> None:
-    process, said = agent(
-        node,
-        tmp_path / "tc.json",
-        "setpriv",
-        "--bounding-set=-net_admin",
-        "--inh-caps=-net_admin",
-    )
-    assert said == "unshaped None ordered but unshaped: this process lacks CAP_NET_ADMIN"
-    assert root_qdisc(node) == "noqueue 0:"
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(20) == 0
 
 
 def test_pyroute2_is_imported_without_its_package_file() -> None:

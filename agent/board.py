@@ -33,7 +33,8 @@ _GENERATION: Final = 1  # where it is, in words of 64 bits
 _STATE: Final = 5  # in words of 32 bits
 _FREE: Final = (_CLASS.size - 2) // 2  # in words of 16 bits from a class's start
 _NO_LIMIT: Final = 2**64 - 1
-_NO_DOMAIN: Final = 2**32 - 1
+_UINT32_MAX: Final = 2**32 - 1
+_NO_DOMAIN: Final = _UINT32_MAX
 _SEAL_FUTURE_WRITE: Final = 0x10  # linux/fcntl.h, Linux 5.1; the module fcntl lacks the name
 
 
@@ -85,7 +86,7 @@ class Board:
             domain.early_fin_bytes,
             domain.grant_flags,
             len(classes),
-            0,
+            min(domain.policy.local_below_bytes, _UINT32_MAX),
         )
         free = domain.gate.admits()
         for index, cls in enumerate(classes):

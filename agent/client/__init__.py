@@ -91,6 +91,7 @@ _BOARD_DOMAIN: Final = struct.Struct("=64sQIIII")
 _BOARD_CLASS: Final = struct.Struct("=QIHH")
 _BOARD_HEAD_BYTES: Final = 64
 _BOARD_CLASSES: Final = 64
+_BOARD_SMALL: Final = 2  # free for flows up to the domain's bound
 _TIMEVAL: Final = struct.Struct("ll")
 
 _SIOCOUTQNSD: Final = 0x894B  # linux/sockios.h: bytes not handed to the network layer yet
@@ -280,7 +281,7 @@ class Board:
         self._read_at = 0
         self._routed = True
         self._default = b""
-        self._domains: dict[bytes, tuple[list[int], list[_Offer], int]] = {}
+        self._domains: dict[bytes, tuple[list[int], list[_Offer], int, int]] = {}
         self._taken: dict[tuple[bytes, int], int] = {}
         self._starts: dict[int, tuple[bytes, int]] = {}
 
@@ -295,10 +296,11 @@ class Board:
         known = self._domains.get(domain)
         if known is None:
             return None
-        limits, offers, at = known
+        limits, offers, at, small = known
         index = bisect.bisect_left(limits, size)
         key = (domain, index)
-        if not self._words[at + index * (_BOARD_CLASS.size // 2)] or key in self._taken:
+        free = self._words[at + index * (_BOARD_CLASS.size // 2)]
+        if not free or (free == _BOARD_SMALL and size > small) or key in self._taken:
             return None
         self._taken[key] = request
         self._starts[request] = key
@@ -326,7 +328,7 @@ class Board:
         self._default = b""
         for number in range(count if live else 0):
             start = _BOARD_HEAD_BYTES + number * size
-            name, rate, early, _, classes, _ = _BOARD_DOMAIN.unpack_from(self._map, start)
+            name, rate, early, _, classes, small = _BOARD_DOMAIN.unpack_from(self._map, start)
             first = start + _BOARD_DOMAIN.size
             rows = [
                 _BOARD_CLASS.unpack_from(self._map, first + index * _BOARD_CLASS.size)
@@ -340,6 +342,7 @@ class Board:
                     [row[0] for row in rows[:-1]],
                     [_Offer(i, row[2], row[1], early, rate) for i, row in enumerate(rows)],
                     (first + _BOARD_CLASS.size - 2) // 2,
+                    small,
                 )
         if self._generations[1] != generation:
             return False

@@ -257,11 +257,11 @@ class FlowGate:
         """Flows sending, announced ones too, per class."""
         return [cls.sending + cls.announced for cls in self._classes]
 
-    def admits(self) -> list[bool]:
-        """Per class, whether the next arrival starts at once; size must be what chooses it."""
+    def admits(self) -> list[int]:
+        """Per class, 1 if the next arrival starts at once, else 0; size must be what chooses it."""
         if not self._by_size:
-            return [False] * len(self._classes)
-        return [not cls.waiting and cls.sending < cls.mpl for cls in self._classes]
+            return [0] * len(self._classes)
+        return [int(not cls.waiting and cls.sending < cls.mpl) for cls in self._classes]
 
     def __len__(self) -> int:
         return len(self._flows)

@@ -276,12 +276,17 @@ class DomainGate:
             for index, length in enumerate(self._gate.queue_lengths())
         ]
 
-    def admits(self) -> list[bool]:
-        """Per class, whether the next arrival starts at once; never where hosts take turns."""
+    def admits(self) -> list[int]:
+        """Per class, 1 if the next arrival starts at once, 2 if only one up to local_below_bytes.
+
+        The latter are the classes in which hosts take turns: what is larger waits for one.
+        """
         free = self._gate.admits()
         if not self._all_local:
+            small = 2 if self.policy.local_below_bytes else 0
             for index, cls in enumerate(self.policy.classes):
-                free[index] = free[index] and not _takes_turns(cls)
+                if free[index] and _takes_turns(cls):
+                    free[index] = small
         return free
 
     def active(self) -> list[int]:

@@ -110,6 +110,16 @@ def test_classes_where_size_alone_does_not_decide_are_never_free(
     assert reader.start(1, 1, b"", has_peer=False) is None
 
 
+def test_where_hosts_take_turns_only_small_flows_start(board: Board) -> None:
+    classes = (ClassPolicy(5000.0, 0.6, sequencing="global"), ClassPolicy(INF, 0.4))
+    policy = DomainPolicy("up", 1e9, classes, local_below_bytes=1000)
+    board.publish([held(policy)], "up", routed=False)
+    reader = library.Board(board.fd)
+    assert reader.start(1, 1001, b"", has_peer=False) is None
+    assert reader.start(2, 1000, b"", has_peer=False) is not None
+    assert reader.start(3, 5001, b"", has_peer=False) is not None
+
+
 def test_applications_cannot_write_shrink_or_grow_it(board: Board) -> None:
     with pytest.raises(PermissionError):
         mmap.mmap(board.fd, BOARD_BYTES, prot=mmap.PROT_READ | mmap.PROT_WRITE)

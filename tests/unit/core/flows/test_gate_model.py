@@ -115,6 +115,20 @@ class GateMachine(RuleBasedStateMachine):
         self.flows[self.count] = ModelFlow(size, cls, True, self.now, self.count)
         assert self.gate.arrive(self.count, size, now=self.now, class_index=cls) == self.pump()
 
+    @rule(size=st.sampled_from([0, 100, 101, 950, 5000]))
+    def arrive_started(self, size: int) -> None:
+        self.count += 1
+        cls = self.choose(size)
+        admitted = self.gate.admits()[cls]
+        self.flows[self.count] = ModelFlow(size, cls, False, self.now, self.count)
+        released = self.pump()
+        assert not released or self.policy.dispatch != "size" or admitted
+        if not released:
+            assert not admitted
+            self.flows[self.count].state = "sending"
+            released = [Release(self.count, cls, "raced")]
+        assert self.gate.arrive(self.count, size, now=self.now, started=True) == released
+
     @precondition(lambda self: any(m.state != "waiting" for m in self.flows.values()))
     @rule(pick=st.randoms(use_true_random=False), step=st.integers(0, 1))
     def finish(self, pick: object, step: int) -> None:

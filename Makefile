@@ -50,13 +50,21 @@ $(KERNEL): setup.py $(wildcard core/jobs/kernel/*.c core/jobs/kernel/*.h) proxy/
 
 kernel: $(STAMP) $(KERNEL)  ## compile the job kernel and the cache's scan in place (a C compiler)
 
+# The official clients live in an environment of their own: their pins move apart from ours.
+SDK := $(VENV)-sdk
+SDK_STAMP := $(SDK)/.installed
+$(SDK_STAMP): requirements-sdk.txt
+	$(PYTHON) -m venv $(SDK)
+	$(SDK)/bin/pip install --quiet --progress-bar off --requirement requirements-sdk.txt
+	touch $@
+
 test: $(STAMP) system test-unit test-real  ## all tests
 
 test-unit: $(STAMP) kernel
 	$(BIN)/python -m pytest tests/unit tests/sim -n 2
 
-test-real: $(STAMP) kernel
-	$(BIN)/python -m pytest tests/real
+test-real: $(STAMP) $(SDK_STAMP) kernel
+	INTENTD_SDK_PYTHON=$(abspath $(SDK)/bin/python) $(BIN)/python -m pytest tests/real
 
 lint: $(STAMP)  ## ruff, mypy strict, import-linter, codespell
 	$(BIN)/ruff format --check .
@@ -101,4 +109,4 @@ reproduce-prompts: $(STAMP)  ## decisions on recorded outcomes beside published 
 	$(BIN)/python -m benchmarks.prompts_decisions --data $(LLM_DATA) --json > results/prompts.json
 
 clean:  ## remove what builds and runs left behind
-	rm -rf $(VENV) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SDK) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

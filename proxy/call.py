@@ -27,7 +27,9 @@ class Call:
     path: below the provider's base URL. body: the provider's request, changed on the way.
     size_bytes: of the request's text as JSON, images and files left out. cap: the client's own
     bound on an answer. answers: how many it asks for; 0 when nothing is generated (embeddings).
+    cap_field: the client's own name of it; "" when the model's is to be used.
     by_pipeline: the cap is always sent, and the pipeline decides about other models.
+    echo, answer_id: what the answer's dialect gives back.
     """
 
     path: str
@@ -45,6 +47,8 @@ class Call:
     purpose: str = "answer"
     by_pipeline: bool = False
     extension: dict[str, Any] = field(default_factory=dict)
+    echo: dict[str, Any] = field(default_factory=dict)
+    answer_id: str = ""
 
     def most_in_tokens(self, upstream: Upstream) -> int:
         """Upper bound on the input: no token is shorter than the model's min_bytes_per_token."""
@@ -68,6 +72,8 @@ class Call:
         body["model"] = upstream.upstream_model
         if self.by_pipeline:
             cap = min(self.cap or cap, upstream.model.max_output_tokens)
+        if not self.cap_field:
+            cap = cap or self.cap or 0  # a translated one is nowhere in the body yet
         if cap:
             body[self.cap_field or upstream.model.max_tokens_field] = cap
         if self.stream:

@@ -313,6 +313,17 @@ class StoreSection(Section):
         return self
 
 
+class BatchSection(Section):
+    """Requests of many prompts by many models at once (/v1/batch)."""
+
+    max_requests: int = Field(
+        default=1000, description="Prompts times models of one batch, at most.", ge=1
+    )
+    concurrency: int = Field(
+        default=8, description="Requests of one batch worked on at once, at most.", ge=1, le=1000
+    )
+
+
 class ProxyConfig(DaemonConfig):
     """Everything intentd-proxy reads from its file."""
 
@@ -331,6 +342,7 @@ class ProxyConfig(DaemonConfig):
     conversations: ConversationsSection = Field(
         default=ConversationsSection(), description="Conversations."
     )
+    batch: BatchSection = Field(default=BatchSection(), description="Batches.")
     records: RecordsSection = Field(default=RecordsSection(), description="The request log.")
     store: StoreSection = Field(
         default=StoreSection(), description="Where the state is; a change needs a restart."

@@ -84,6 +84,18 @@ class Conversations:
 
         await self._run(write)
 
+    async def remove(self, key: str, conversation: str, message_id: str) -> int:
+        def write(store: Store) -> int:
+            with store.transaction() as db:
+                return db.execute(sqlite.REMOVE_MESSAGE, (key, conversation, message_id)).rowcount
+
+        count: int = await self._run(write)
+        return count
+
+    async def names(self, key: str, limit: int, after: str) -> list[dict[str, Any]]:
+        rows = await self._run(lambda store: store.read(sqlite.NAMES, (key, after, limit)))
+        return [dict(row) for row in rows]
+
     async def forget(self, turn: Turn) -> int:
         def write(store: Store) -> int:
             with store.transaction() as db:

@@ -29,6 +29,7 @@ from intentd.proxy.adapter.native import Upstream, open_session
 from intentd.proxy.config import ProxyConfig, budget_limit
 from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
+from intentd.proxy.feedback import FeedbackBook
 from intentd.proxy.keys import Keys
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.server import Api
@@ -79,6 +80,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             kit.metrics,
             kit.clock,
             Driver(engine, state.turns),
+            FeedbackBook(state.feedback_rows, kit.clock, metrics.feedback),
         )
         self._take(config)
         await state.start(tasks, keys.load)
@@ -233,6 +235,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         if self._state is not None:
             self._state.reload(config)
         api.types = offered_types(config.service_types)
+        api.log.most = config.records.recent
         api.config = config
 
     async def _listen(self, api: Api) -> None:
@@ -310,6 +313,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             "tokens": [[*key, count] for key, count in metrics.tokens.items()],
             "cost_nano": dict(metrics.cost_nano),
             "retries": metrics.retries,
+            "feedback": [[*key, count] for key, count in metrics.feedback.items()],
         }
 
     def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:

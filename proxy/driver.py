@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -71,10 +72,21 @@ class Driver:
             steps.close()
 
     async def remember(
-        self, answer: Answer, request: Request, exchange: Exchange, turn: Turn | None
+        self,
+        answer: Answer,
+        request: Request,
+        exchange: Exchange,
+        turn: Turn | None,
+        seed: Sequence[Message] = (),
     ) -> None:
-        """Let the answer join its conversation, durably before the client has it all."""
+        """Let the answer join its conversation, durably before the client has it all.
+
+        seed: what comes before it in a conversation that is new.
+        """
         if answer.updates and turn is not None:
+            for place, message in enumerate(seed):
+                name = message.message_id or f"{exchange.request_id}.{place}"
+                await self.conversations.append(turn, replace(message, message_id=name), ())
             await self.conversations.append(
                 turn,
                 Message(
@@ -186,7 +198,7 @@ def _exact_chat(request: Request, answer: Answer) -> tuple[Any, ...]:
     message = choice.get("message") if choice is not None else None
     tools = isinstance(message, dict) and message.get("tool_calls")
     plain = len(request.turn) <= 1 and all(
-        isinstance(one.get("content"), str) for one in request.turn
+        one.get("role") == "user" and isinstance(one.get("content"), str) for one in request.turn
     )
     if plain and not tools:
         return ()

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final, TypeVar
 
 from intentd.core.prompts.budgets import BudgetRule, Reservation
+from intentd.core.prompts.counting import TokenRatio
 from intentd.core.prompts.health import HealthState, ModelHealth, RetryBudget
 from intentd.daemons.kit.clock import Clock
 from intentd.proxy.adapter.native import Answer, Upstream, UpstreamError, UpstreamStream, Usage
@@ -87,6 +88,7 @@ class PoolModel:
         self.name = upstream.name
         self.health = ModelHealth(section.cooldown_failures, section.cooldown_s)
         self.places = Places(upstream.model.max_concurrency, section.max_waiting)
+        self.ratio = TokenRatio()
 
 
 class Attempt:
@@ -135,6 +137,8 @@ class Attempt:
         step = Step(self.model.name, self._call.purpose, outcome, usage)
         step.seconds = engine.clock.now() - self._started_s
         if usage is not None:
+            if not self._call.images:
+                self.model.ratio.learn(self._call.size_bytes, usage.in_tokens)
             step.cost_nano = usage.cost_nano(upstream.price)
             if held.reservation is not None:
                 engine.ledger.settle(
@@ -209,7 +213,7 @@ class Engine:
         for name, model in fresh.items():
             known = self.models.get(name)
             if known is not None and known.upstream.model.base_url == model.upstream.model.base_url:
-                model.health = known.health
+                model.health, model.ratio = known.health, known.ratio
                 model.health.failures = section.cooldown_failures
                 model.health.cooldown_s = section.cooldown_s
         self.section = section
@@ -427,6 +431,7 @@ def _api_error(error: UpstreamError, wait_s: float = 0.0) -> ApiError:
             str(error),
             param=param if isinstance(param, str) else None,
             code=code if isinstance(code, str) else None,
+            outcome="upstream_request",
         )
     return ApiError(
         _STATUS.get(error.kind, 502),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from intentd.core.errors import InputError, IntentdError
+from intentd.core.prompts.request import PipelineError
 
 MAX_SHOWN: Final = 80
 
@@ -20,7 +21,11 @@ _TYPES: Final = {
 
 
 class ApiError(IntentdError):
-    """An answer that is an error. retry_after_s: sent as Retry-After, in whole seconds."""
+    """An answer that is an error.
+
+    retry_after_s: sent as Retry-After, in whole seconds. outcome: what it is counted as; one of a
+    few, where the code may be a provider's own.
+    """
 
     def __init__(
         self,
@@ -31,12 +36,14 @@ class ApiError(IntentdError):
         code: str | None = None,
         kind: str | None = None,
         retry_after_s: float | None = None,
+        outcome: str = "",
     ) -> None:
         self.status = status
         self.param = param
         self.code = code
         self.kind = kind or _TYPES.get(status, "server_error")
         self.retry_after_s = retry_after_s
+        self.outcome = outcome or code or self.kind
         super().__init__(text)
 
     def document(self) -> dict[str, Any]:
@@ -55,6 +62,12 @@ def bad_field(field: str, value: object, expected: str, *, code: str | None = No
     return ApiError(
         400, f"{field}: got {shown(value)}, expected {expected}", param=field, code=code
     )
+
+
+def no_answer(error: PipelineError) -> ApiError:
+    """A service type for which no model answered."""
+    status = error.status if error.status in (400, 413, 429, 503, 504) else 502
+    return ApiError(status, str(error), code="no_answer")
 
 
 def from_input_error(error: InputError) -> ApiError:

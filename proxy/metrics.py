@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-MAX_SERIES: Final = 2000
+MAX_SERIES: Final = 2000  # more would be a mistake of ours: reloads leave old names behind
 
 
 class _Buckets:
@@ -55,9 +55,13 @@ class ProxyMetrics(Collector):
         self.upstream: dict[tuple[str, str], int] = {}
         self.retries = 0
         self.refused: dict[str, int] = {}
+        self.feedback: dict[tuple[str, str, str], int] = {}
 
     def finished(self, model: str, service_type: str, outcome: str, seconds: float) -> None:
         key = (model, service_type, outcome)
+        if key not in self.requests and len(self.requests) >= MAX_SERIES:
+            model, service_type = "other", "other"
+            key = (model, service_type, outcome)
         self.requests[key] = self.requests.get(key, 0) + 1
         pair = (model, service_type)
         buckets = self.seconds.get(pair)
@@ -112,6 +116,8 @@ class ProxyMetrics(Collector):
             ("tokens", "Tokens booked, by direction.", ("model", "direction"), self.tokens),
             ("upstream_calls", "Calls to providers, by outcome.", ("model", "outcome"),
              self.upstream),
+            ("feedback", "Answers rated by users, or regenerated.",
+             ("model", "service_type", "rating"), self.feedback),
         ):  # fmt: skip
             family = CounterMetricFamily(f"intentd_proxy_{name}", text, labels=labels)
             for values, count in table.items():

@@ -8,7 +8,6 @@ import functools
 import logging
 import re
 import secrets
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -19,23 +18,39 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from intentd.core.errors import InputError
-from intentd.core.prompts.pipeline import PipelineError
+from intentd.core.prompts.pipeline import Answer, PipelineError
 from intentd.core.prompts.regenerate import Previous, regenerate
 from intentd.core.prompts.service_types import ServiceType, get_type, with_options
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.metrics import Metrics
 from intentd.proxy import native
+from intentd.proxy.batch import Batch, read_batch
 from intentd.proxy.call import Call, Exchange, guessed_usage, models_named
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.dialects import anthropic, openai_chat
+from intentd.proxy.dialects.dialect import Dialect
+from intentd.proxy.dialects.openai_chat import CHAT
+from intentd.proxy.dialects.openai_responses import read_responses
+from intentd.proxy.dialects.responses_out import RESPONSES
 from intentd.proxy.driver import Driver
-from intentd.proxy.engine import Engine
-from intentd.proxy.errors import ApiError, bad_field, from_input_error, shown
+from intentd.proxy.engine import Engine, PoolModel
+from intentd.proxy.errors import ApiError, bad_field, from_input_error, no_answer, shown
+from intentd.proxy.feedback import Feedback, FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.reading import Reading, RequestLog
+from intentd.proxy.responses import Continuation
 from intentd.proxy.service import FIXED, quota_rules, restricted
 from intentd.proxy.store.base import State, Turn
-from intentd.proxy.streams import ChatSink, answer_headers, pass_stream, with_metadata
+from intentd.proxy.streams import (
+    Sink,
+    answer_headers,
+    answer_usage,
+    answer_value,
+    json_response,
+    pass_stream,
+    with_metadata,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +76,7 @@ class Api:
         kit_metrics: Metrics,
         clock: Clock,
         driver: Driver,
+        feedback: FeedbackBook,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -78,15 +94,22 @@ class Api:
         self.policy: list[int] | None = None
         self._kit_metrics = kit_metrics
         self._clock = clock
-        self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+        self.log = RequestLog(state.books, config.records.recent)
+        self.feedback = feedback
+        self.reading = Reading(engine, state.turns, self.log, feedback)
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", self._chat),
             MESSAGES: ("POST", self._messages),
+            MESSAGES + "/count_tokens": ("POST", self._count_tokens),
+            "/v1/responses": ("POST", self._responses),
             "/v1/request": ("POST", self._request),
+            "/v1/batch": ("POST", self._batch),
+            "/v1/feedback": ("POST", self._rate),
             "/v1/regenerate": ("POST", self._regenerate),
             "/v1/completions": ("POST", self._generate(openai_chat.read_completion)),
             "/v1/embeddings": ("POST", self._generate(openai_chat.read_embeddings)),
-            "/v1/models": ("GET", self._list_models),
+            "/v1/models": ("GET", self.reading.models),
+            "/v1/conversations": ("GET", self.reading.conversations),
         }
 
     def server(self) -> web.Server:
@@ -133,7 +156,7 @@ class Api:
             exchange.status = response.status
             return response
         except ApiError as error:
-            exchange.outcome = error.code or error.kind
+            exchange.outcome = exchange.outcome or error.outcome
             return self._error(exchange, error)
         except InputError as error:
             exchange.outcome = "invalid"
@@ -159,7 +182,7 @@ class Api:
             self.active -= 1
             if not self.active:
                 self.idle.set()
-            self._close(exchange)
+            self.close(exchange)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         path = request.path
@@ -179,15 +202,15 @@ class Api:
         return await handler(request, exchange)
 
     def _route_with_id(self, path: str, asked: str) -> tuple[str, Handler]:
-        for prefix, handler in (
-            ("/v1/models/", self._show_model),
-            ("/v1/requests/", self._show_request),
-            ("/v1/conversations/", self._conversation),
+        reading = self.reading
+        for prefix, methods, handler in (
+            ("/v1/models/", "GET", reading.model),
+            ("/v1/requests/", "GET", reading.request),
+            ("/v1/conversations/", "GET DELETE", reading.conversation),
+            ("/v1/responses/", "GET DELETE", reading.response),
         ):
             if path.startswith(prefix) and len(path) > len(prefix):
-                method = "GET"
-                if asked == "DELETE" and prefix == "/v1/conversations/":
-                    method = asked
+                method = asked if asked in methods.split() else "GET"
                 return method, functools.partial(handler, path[len(prefix) :])
         raise ApiError(404, f"no such path: {shown(path)}", code="unknown_path")
 
@@ -201,34 +224,37 @@ class Api:
         except ApiError:
             self.metrics.refuse("key")
             raise
-        rate = key.grants.rate
-        if rate is not None:
-            wait_s = await self._rates.take(key.key_id, rate)
-            if wait_s:
-                self.metrics.refuse("rate")
-                raise ApiError(
-                    429,
-                    f"key {key.name}: more than {rate.per_second:g} requests a second",
-                    code="rate_limit_exceeded",
-                    retry_after_s=wait_s,
-                )
+        wait_s = await self._rate_wait_s(key)
+        if wait_s and key.grants.rate is not None:
+            self.metrics.refuse("rate")
+            raise ApiError(
+                429,
+                f"key {key.name}: more than {key.grants.rate.per_second:g} requests a second",
+                code="rate_limit_exceeded",
+                retry_after_s=wait_s,
+            )
         return key
 
-    def _close(self, exchange: Exchange) -> None:
+    async def _rate_wait_s(self, key: Key) -> float:
+        """0 when the key's request rate allows one more now, which is then taken."""
+        rate = key.grants.rate
+        return await self._rates.take(key.key_id, rate) if rate is not None else 0.0
+
+    async def _pace(self, key: Key) -> None:
+        while wait_s := await self._rate_wait_s(key):
+            await self._clock.sleep(wait_s)
+
+    def close(self, exchange: Exchange) -> None:
         """The books of one request, however it ended."""
         exchange.total_s = self._clock.now() - exchange.started_s
         if not exchange.model:
-            return
+            if not exchange.steps:
+                return
+            exchange.model = exchange.steps[-1].model
         outcome = exchange.outcome or "ok"
         exchange.outcome = outcome
         self.metrics.finished(exchange.model, exchange.service_type, outcome, exchange.total_s)
-        # Bytes, not objects: thousands of live objects would slow every collection down.
-        document = exchange.encode_log()
-        recent = self._recent
-        recent[exchange.request_id] = (exchange.key.key_id, document)
-        if len(recent) > self.config.records.recent:
-            recent.popitem(last=False)
-        self.ledger.log_request(exchange.request_id, exchange.key.key_id, exchange.wall_s, document)
+        self.log.keep(exchange)
 
     def _error(self, exchange: Exchange, error: ApiError) -> web.Response:
         exchange.status = error.status
@@ -240,7 +266,9 @@ class Api:
         return web.Response(
             status=error.status,
             body=orjson.dumps(
-                anthropic.error_document(error) if exchange.path == MESSAGES else error.document()
+                anthropic.error_document(error)
+                if exchange.path.startswith(MESSAGES)
+                else error.document()
             ),
             headers=headers,
             content_type="application/json",
@@ -259,63 +287,128 @@ class Api:
         return generate
 
     async def _chat(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        """A chat: as it is to the model it names, or by a service type."""
         call = openai_chat.read_chat(await self._body(request), _service_header(request))
+        return await self._converse(request, call, exchange, CHAT)
+
+    async def _messages(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """Anthropic's API."""
+        call = anthropic.read_messages(await self._body(request), _service_header(request))
+        return await self._converse(request, call, exchange, anthropic.MESSAGES)
+
+    async def _count_tokens(
+        self, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """An estimate by what providers counted of earlier requests; it costs nothing."""
+        call = anthropic.read_count(await self._body(request), _service_header(request))
+        self._wishes(request, call)
+        if call.service_type == FIXED:
+            self._admit(call, exchange)
+            exchange.model = ""  # nothing is asked, nothing booked
+            model = self.engine.models[call.model]
+        elif call.service_type not in self.types or not self.engine.models:
+            get_type(self.types, call.service_type)
+            raise ApiError(503, "no models configured")
+        else:
+            model = next(iter(self.engine.models.values()))
+        tokens = model.ratio.count(call.size_bytes)
+        tokens += call.images * model.upstream.model.image_tokens
+        told = {
+            "estimated": True,
+            "model": model.name,
+            "bytes_per_token": round(model.ratio.bytes_per_token, 3),
+            "learned_from": model.ratio.requests,
+        }
+        return json_response({"input_tokens": tokens, "intentd": told}, exchange)
+
+    async def _converse(
+        self, request: web.BaseRequest, call: Call, exchange: Exchange, dialect: Dialect
+    ) -> web.StreamResponse:
+        """A chat: as it is to the model it names, or by a service type."""
+        conversation, options = self._wishes(request, call)
+        if call.service_type == FIXED and not conversation and not options:
+            return await self._pass_through(request, call, exchange, dialect)
+        if call.service_type == FIXED:
+            self._named_model(call, exchange.key)
+            options = {"model": call.model, **options}
+        asked = native.chat_request(call, conversation, options)
+        return await self._delegate(request, asked, exchange, call, dialect=dialect)
+
+    async def _responses(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """OpenAI's responses: a stored one can be gone on from."""
+        read = read_responses(await self._body(request), _service_header(request))
+        call = read.call
+        conversation, options = self._wishes(request, call, read.conversation)
+        kept = not conversation and (read.store or read.previous is not None)
+        if call.service_type == FIXED and not conversation and not options and not kept:
+            return await self._pass_through(request, call, exchange, RESPONSES)
+        if call.service_type == FIXED:
+            self._named_model(call, exchange.key)
+            options = {"model": call.model, **options}
+        asked = native.chat_request(call, conversation, options)
+        continuation = Continuation(read, exchange) if kept else None
+        return await self._delegate(
+            request, asked, exchange, call, dialect=RESPONSES, continuation=continuation
+        )
+
+    def _wishes(
+        self, request: web.BaseRequest, call: Call, named: object = None
+    ) -> tuple[str, dict[str, Any]]:
+        """(conversation, options) of a chat; fills in the service type that its model names.
+
+        named: a conversation in the dialect's own field.
+        """
         if not call.service_type and call.model not in self.engine.models:
             call.service_type = call.model if call.model in self.types else FIXED
+        call.service_type = call.service_type or FIXED
         header = request.headers.get(native.CONVERSATION_HEADER)
-        conversation = native.conversation_name(
-            call.extension.get("conversation", header),
-            "intentd.conversation"
-            if "conversation" in call.extension
-            else "X-Intentd-Conversation",
-        )
+        if named is not None:
+            conversation = native.conversation_name(named, "conversation")
+        elif "conversation" in call.extension:
+            given = call.extension["conversation"]
+            conversation = native.conversation_name(given, "intentd.conversation")
+        else:
+            conversation = native.conversation_name(header, native.CONVERSATION_HEADER)
         options = call.extension.get("options", {})
         if not isinstance(options, dict):
             raise bad_field("intentd.options", options, "an object")
-        call.service_type = call.service_type or FIXED
-        if call.service_type == FIXED and not conversation and not options:
-            return await self._pass_through(request, call, exchange)
-        if call.service_type == FIXED:
-            options = {"model": call.model, **options}
-        asked = native.chat_request(call, conversation, options)
-        return await self._delegate(request, asked, exchange, call)
+        return conversation, options
 
     async def _pass_through(
-        self, request: web.BaseRequest, call: Call, exchange: Exchange
+        self,
+        request: web.BaseRequest,
+        call: Call,
+        exchange: Exchange,
+        dialect: Dialect = CHAT,
     ) -> web.StreamResponse:
         self._admit(call, exchange)
         if call.stream:
-            return await pass_stream(self.engine, request, call, exchange)
+            return await pass_stream(self.engine, request, call, exchange, dialect)
         answer = await self.engine.complete(call, exchange)
         exchange.model = exchange.steps[-1].model
         exchange.total_s = self._clock.now() - exchange.started_s
         exchange.status = 200
+        if dialect is not CHAT:
+            usage = answer.usage or guessed_usage(call, len(answer.raw))
+            return json_response(dialect.document(answer.value, usage, call, exchange), exchange)
         return web.Response(
             body=with_metadata(answer.raw, answer.value, exchange),
             headers=answer_headers(exchange),
             content_type="application/json",
         )
 
-    async def _messages(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        """Anthropic's API, to a model of the pool."""
-        call = anthropic.read_messages(await self._body(request), _service_header(request))
-        name = call.service_type or FIXED
-        if name != FIXED or call.extension:
-            raise bad_field("service_type", name, FIXED, code="unknown_service_type")
-        self._admit(call, exchange)
-        if call.stream:
-            return await pass_stream(self.engine, request, call, exchange, anthropic.MessageRelay)
-        answer = await self.engine.complete(call, exchange)
-        exchange.model = exchange.steps[-1].model
-        exchange.total_s = self._clock.now() - exchange.started_s
-        usage = answer.usage or guessed_usage(call, len(answer.raw))
-        return _json(anthropic.message_document(answer.value, usage, exchange), exchange)
-
     async def _request(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """``request(prompt, service_type, {key: value})`` (dissertation, table 4.2)."""
         asked = native.read_request(await self._body(request))
         return await self._delegate(request, asked, exchange, None)
+
+    async def _batch(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        """A list of prompts by several models or service types."""
+        asked = read_batch(await self._body(request), self.config.batch)
+        batch = Batch(asked, exchange, self._clock, self.perform, self.close, self._pace)
+        return await (batch.streamed(request) if asked.stream else batch.whole())
+
+    async def _rate(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        return await self.reading.rate(await self._body(request), exchange)
 
     async def _regenerate(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """``regenerate(service_type, {key: value})``: a better answer in place of another."""
@@ -326,6 +419,10 @@ class Api:
         if wanted.service_type and wanted.service_type != before.asked.service_type:
             options = wanted.options  # those of the other type may mean nothing here
         asked = native.Asked(name, before.asked.request, options)
+        document = await self.log.find(wanted.request_id, exchange.key.key_id) or {}
+        self.feedback.tell(
+            Feedback(wanted.request_id, exchange.key.key_id, False, "regenerated", document)
+        )
         return await self._delegate(request, asked, exchange, None, before, wanted.request_id)
 
     async def _delegate(
@@ -336,8 +433,40 @@ class Api:
         call: Call | None,
         before: native.Remembered | None = None,
         regenerates: str = "",
+        dialect: Dialect = CHAT,
+        continuation: Continuation | None = None,
     ) -> web.StreamResponse:
         """Run a service type. call: the chat it came as; None for the native API."""
+        sink = None
+        if call is not None and call.stream:
+            sink = Sink(self.engine, http, call, exchange, dialect)
+            exchange.stream = True
+        try:
+            answer = await self.perform(asked, exchange, sink, before, regenerates, continuation)
+        except PipelineError as error:
+            if sink is not None and sink.started:
+                return await sink.fail(str(error))
+            raise no_answer(error) from None
+        if sink is not None:
+            return await sink.finish(answer)
+        if call is not None:
+            value = answer_value(answer, exchange)
+            return json_response(
+                dialect.document(value, answer_usage(answer), call, exchange), exchange
+            )
+        return json_response(answer_document(answer, exchange), exchange)
+
+    async def perform(
+        self,
+        asked: native.Asked,
+        exchange: Exchange,
+        sink: Sink | None = None,
+        before: native.Remembered | None = None,
+        regenerates: str = "",
+        continuation: Continuation | None = None,
+    ) -> Answer:
+        """Answer by a service type, in the conversation's turn. Raises ApiError, InputError and
+        PipelineError."""
         made = self._made(asked, exchange)
         request = asked.request
         rounds = 0
@@ -356,17 +485,21 @@ class Api:
             )
         exchange.rules = quota_rules(made, exchange.key.key_id)
         exchange.policy = self.policy
-        sink = (
-            ChatSink(self.engine, http, call, exchange)
-            if call is not None and call.stream
-            else None
-        )
         async with contextlib.AsyncExitStack() as stack:
+            conversations, key_id = self.driver.conversations, exchange.key.key_id
             turn: Turn | None = None
-            if request.conversation:
-                turn = await stack.enter_async_context(
-                    self.driver.conversations.turn(exchange.key.key_id, request.conversation)
-                )
+            waits_for = request.conversation or (continuation and continuation.conversation)
+            if waits_for:
+                turn = await stack.enter_async_context(conversations.turn(key_id, waits_for))
+            if continuation is not None:
+                request = await continuation.enter(request, conversations)
+                if request.conversation != waits_for:  # it only read there
+                    await stack.aclose()
+                    turn = None
+                if request.conversation and turn is None:
+                    name = request.conversation
+                    turn = await stack.enter_async_context(conversations.turn(key_id, name))
+            if turn is not None:
                 exchange.sequence = turn.sequence
             try:
                 answer = await self.driver.run(
@@ -375,14 +508,12 @@ class Api:
             except PipelineError as error:
                 exchange.trace = error.trace
                 exchange.outcome = "no_answer"
-                if sink is not None and sink.started:
-                    return await sink.fail(str(error))
-                status = error.status if error.status in (400, 413, 429, 503, 504) else 502
-                raise ApiError(status, str(error), code="no_answer") from None
+                raise
             exchange.trace = answer.trace
             answer.trace.regenerates = regenerates
             exchange.model = answer.trace.answered_by
-            await self.driver.remember(answer, request, exchange, turn)
+            seed = continuation.seed if continuation is not None else ()
+            await self.driver.remember(answer, request, exchange, turn, seed)
         kept = native.Asked(asked.service_type, request, asked.options)
         self.memory.keep(
             exchange.request_id,
@@ -392,15 +523,7 @@ class Api:
         )
         exchange.total_s = self._clock.now() - exchange.started_s
         exchange.status = 200
-        if sink is not None:
-            return await sink.finish(answer)
-        if call is not None:
-            raw = answer.reply.raw if answer.reply is not None else {}
-            return _json({**raw, "intentd": exchange.document()}, exchange)
-        document = {
-            "id": exchange.request_id, "response": answer.text, "metadata": exchange.document(),
-        }  # fmt: skip
-        return _json(document, exchange)
+        return answer
 
     def _made(self, asked: native.Asked, exchange: Exchange) -> ServiceType:
         """The service type with the request's options, for this key. Raises ApiError."""
@@ -435,6 +558,20 @@ class Api:
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
 
+    def _named_model(self, call: Call, key: Key) -> PoolModel:
+        """The model that a request names. Raises ApiError 404 for one this key has not."""
+        model = self.engine.models.get(call.model)
+        allowed = key.grants.models
+        if model is None or (allowed and call.model not in allowed):
+            names = [name for name in self.engine.models if not allowed or name in allowed]
+            raise ApiError(
+                404,
+                f"model: got {shown(call.model)}, expected one of {models_named(names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
     def _admit(self, call: Call, exchange: Exchange) -> None:
         """Whether there is such a model, and this key may use it."""
         exchange.service_type = call.service_type = FIXED
@@ -445,15 +582,7 @@ class Api:
                 f"service_type: this key may use {models_named(grants.service_types)}",
                 param="service_type",
             )
-        model = self.engine.models.get(call.model)
-        if model is None or (grants.models and call.model not in grants.models):
-            allowed = [n for n in self.engine.models if not grants.models or n in grants.models]
-            raise ApiError(
-                404,
-                f"model: got {shown(call.model)}, expected one of {models_named(allowed)}",
-                param="model",
-                code="model_not_found",
-            )
+        model = self._named_model(call, exchange.key)
         exchange.model = call.model
         exchange.stream = call.stream
         exchange.context_messages = call.messages
@@ -469,70 +598,15 @@ class Api:
                 code="context_length_exceeded",
             )
 
-    # -- reading -------------------------------------------------------------------------------
-
-    async def _list_models(
-        self, _request: web.BaseRequest, exchange: Exchange
-    ) -> web.StreamResponse:
-        allowed = exchange.key.grants.models
-        data = [
-            _model_object(name) for name in self.engine.models if not allowed or name in allowed
-        ]
-        return _json({"object": "list", "data": data}, exchange)
-
-    async def _show_model(
-        self, name: str, _request: web.BaseRequest, exchange: Exchange
-    ) -> web.StreamResponse:
-        allowed = exchange.key.grants.models
-        if name not in self.engine.models or (allowed and name not in allowed):
-            raise ApiError(
-                404, f"model: got {shown(name)}, expected a model of the pool",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-        return _json(_model_object(name), exchange)
-
-    async def _conversation(
-        self, name: str, request: web.BaseRequest, exchange: Exchange
-    ) -> web.StreamResponse:
-        """The messages of this key's conversation; DELETE forgets them."""
-        name = native.conversation_name(name, "conversation")
-        conversations = self.driver.conversations
-        key_id = exchange.key.key_id
-        if request.method == "DELETE":
-            async with conversations.turn(key_id, name) as turn:
-                return _json({"forgotten": await conversations.forget(turn)}, exchange)
-        messages = await conversations.load(key_id, name)
-        return _json(
-            {
-                "conversation": name,
-                "messages": [
-                    {"id": one.message_id, "prompt": one.prompt, "response": one.response}
-                    for one in messages
-                ],
-            },
-            exchange,
-        )
-
-    async def _show_request(
-        self, name: str, _request: web.BaseRequest, exchange: Exchange
-    ) -> web.StreamResponse:
-        """The metadata of an answered request, for the key that made it."""
-        found = self._recent.get(name)
-        if found is not None and found[0] == exchange.key.key_id:
-            document = found[1]
-        else:
-            rows = await self.ledger.find_request(name, exchange.key.key_id)
-            if not rows:
-                raise ApiError(
-                    404, f"request: got {shown(name)}, expected one of this key's requests"
-                )
-            document = rows[0].encode()
-        return web.Response(
-            body=document, headers=answer_headers(exchange), content_type="application/json"
-        )
-
 
 _NOBODY: Final = Key("", "", "")
+
+
+def answer_document(answer: Answer, exchange: Exchange) -> dict[str, Any]:
+    """An answer in the words of the native API."""
+    return {
+        "id": exchange.request_id, "response": answer.text, "metadata": exchange.document(),
+    }  # fmt: skip
 
 
 def _request_id(given: str | None) -> str:
@@ -549,13 +623,3 @@ def _service_header(request: web.BaseRequest) -> str:
     if not _SERVICE_NAME.match(given):
         raise bad_field(SERVICE_HEADER, given, "the name of a service type")
     return given
-
-
-def _model_object(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "intentd"}
-
-
-def _json(value: Any, exchange: Exchange) -> web.Response:
-    return web.Response(
-        body=orjson.dumps(value), headers=answer_headers(exchange), content_type="application/json"
-    )

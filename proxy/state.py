@@ -16,7 +16,7 @@ from intentd.proxy.conversations import Conversations
 from intentd.proxy.ledger import Ledger
 from intentd.proxy.store.base import State
 from intentd.proxy.store.cache_sqlite import SqliteCacheRows
-from intentd.proxy.store.sqlite import MIGRATIONS, SqliteKeys
+from intentd.proxy.store.sqlite import MIGRATIONS, SqliteFeedback, SqliteKeys
 
 STORE_FILE: Final = "proxy.sqlite"
 PROBE_S: Final = 2.0
@@ -48,6 +48,7 @@ class EmbeddedState:
         self.turns = Conversations(self.store, clock, config.conversations)
         self.rates = LocalRates(clock)
         self.key_table = SqliteKeys(self.store)
+        self.feedback_rows = SqliteFeedback(self.store, config.records.max_rows)
         self.cache_rows = SqliteCacheRows(self.store)
 
     async def start(
@@ -63,6 +64,7 @@ class EmbeddedState:
 
     def reload(self, config: ProxyConfig) -> None:
         self.turns.section = config.conversations
+        self.feedback_rows.max_rows = config.records.max_rows
 
     def unready(self) -> list[str]:
         return self.store.unready()

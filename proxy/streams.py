@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import orjson
 from aiohttp import web
@@ -13,13 +12,13 @@ from intentd.core.prompts.effects import CallFailed, Reply
 from intentd.core.prompts.pipeline import Answer
 from intentd.daemons.kit.clock import Clock
 from intentd.proxy.adapter.native import Event, UpstreamError, Usage
-from intentd.proxy.adapter.sse import DONE, encode_event
 from intentd.proxy.call import Call, Exchange, guessed_usage
+from intentd.proxy.dialects.chunks import ChoiceBuilder, choice_events
+from intentd.proxy.dialects.dialect import Dialect, Renderer
+from intentd.proxy.dialects.openai_chat import CHAT, chat_end
 from intentd.proxy.driver import with_cost
 from intentd.proxy.engine import Attempt, Engine
 from intentd.proxy.errors import ApiError
-
-DONE_EVENT: Final = encode_event(DONE)
 
 
 class Relaying(Protocol):
@@ -37,9 +36,9 @@ async def pass_stream(
     request: web.BaseRequest,
     call: Call,
     exchange: Exchange,
-    relay_of: Callable[[Call, Exchange, Attempt], Relaying] | None = None,
+    dialect: Dialect = CHAT,
 ) -> web.StreamResponse:
-    """A provider's stream to the client as it is, [DONE] only when it came whole."""
+    """A provider's stream to the client, whole in the dialect's words only when it came whole."""
     async with engine.stream(call, exchange) as (stream, attempt):
         exchange.model = attempt.model.name
         exchange.first_token_s = engine.clock.now() - exchange.started_s
@@ -49,8 +48,10 @@ async def pass_stream(
         await response.prepare(request)
         relay: Relaying = (
             Relay(engine.clock, call, exchange, attempt)
-            if relay_of is None
-            else relay_of(call, exchange, attempt)
+            if dialect is CHAT
+            else RenderRelay(
+                engine.clock, call, exchange, attempt, dialect.renderer(call, exchange)
+            )
         )
         try:
             while events := await stream.read():
@@ -68,19 +69,25 @@ async def pass_stream(
     return response
 
 
-class ChatSink:
-    """A chat stream that a pipeline answers into; what came whole is sent as one chunk."""
+class Sink:
+    """A stream that a pipeline answers into; what came whole is sent as one chunk."""
 
     def __init__(
-        self, engine: Engine, http: web.BaseRequest, call: Call, exchange: Exchange
+        self,
+        engine: Engine,
+        http: web.BaseRequest,
+        call: Call,
+        exchange: Exchange,
+        dialect: Dialect = CHAT,
     ) -> None:
         self._engine = engine
         self._http = http
         self._call = call
         self._exchange = exchange
+        self._renderer = dialect.renderer(call, exchange)
         self._response: web.StreamResponse | None = None
         self._streamed = False
-        self._last: dict[str, Any] = {}
+        self._last: Event | None = None
 
     @property
     def started(self) -> bool:
@@ -89,13 +96,13 @@ class ChatSink:
     async def stream(self, call: Call) -> Reply | CallFailed:
         """Perform one call, its deltas to the client as they come."""
         engine, exchange = self._engine, self._exchange
-        text: list[str] = []
+        builder = ChoiceBuilder()
         async with engine.stream(call, exchange) as (stream, attempt):
             exchange.model = attempt.model.name
             began_s = engine.clock.now()
             response = await self._open()
             self._streamed = True
-            relay = Relay(self._engine.clock, self._call, exchange, attempt, text)
+            relay = RenderRelay(engine.clock, call, exchange, attempt, self._renderer, builder)
             try:
                 while events := await stream.read():
                     data = relay.take(events)
@@ -107,52 +114,40 @@ class ChatSink:
             except (asyncio.CancelledError, ConnectionError):
                 attempt.left(relay.size_bytes)
                 raise
+        self._last = relay.last
         usage = relay.usage or guessed_usage(call, relay.size_bytes)
-        if relay.last is not None and relay.last.value is not None:
-            self._last = relay.last.value
         reply = Reply(
-            call.model, "".join(text), usage.in_tokens, usage.out_tokens, usage.cached_in_tokens,
-            finish_reason=relay.finish_reason or "stop",
+            call.model, builder.text, usage.in_tokens, usage.out_tokens, usage.cached_in_tokens,
+            finish_reason=builder.finish_reason or "stop", choice=builder.choice(),
         )  # fmt: skip
         return with_cost(reply, engine, engine.clock.now() - began_s)
 
     async def finish(self, answer: Answer) -> web.StreamResponse:
-        exchange = self._exchange
-        raw = answer.reply.raw if answer.reply is not None and answer.reply.raw else {}
-        chunk = {
-            "id": raw.get("id", exchange.request_id),
-            "object": "chat.completion.chunk",
-            "created": raw.get("created", int(exchange.wall_s)),
-            "model": raw.get("model", exchange.model),
-        }
         response = await self._open()
+        value = answer_value(answer, self._exchange)
+        out: list[bytes] = []
         if not self._streamed:
-            choice = answer.reply.choice if answer.reply is not None else None
-            delta = dict((choice or {}).get("message") or {"content": answer.text})
-            delta["role"] = "assistant"
-            for place, tool in enumerate(delta.get("tool_calls") or ()):
-                tool.setdefault("index", place)
-            reason = answer.reply.finish_reason if answer.reply is not None else "stop"
-            await response.write(
-                chunk_event(
-                    {**chunk, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-                )
-                + chunk_event(
-                    {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
-                )
-            )
-        if self._call.wants_usage:
-            last = self._last or {**chunk, "choices": [], "usage": raw.get("usage")}
-            await response.write(chunk_event({**last, "intentd": exchange.document()}))
-        await response.write(DONE_EVENT)
+            base = {
+                "id": value["id"],
+                "object": "chat.completion.chunk",
+                "created": value["created"],
+                "model": value["model"],
+            }
+            choice = value["choices"][0]
+            out += [self._renderer.chunk(event) for event in choice_events(choice, base)]
+            if value.get("usage") is not None:
+                last = {**base, "choices": [], "usage": value["usage"]}
+                self._last = Event(b"", last, None)
+        out.append(self._renderer.end(answer_usage(answer), self._last))
+        await response.write(b"".join(out))
         await response.write_eof()
         return response
 
     async def fail(self, text: str) -> web.StreamResponse:
-        """Said in the stream, because its status is already sent. No [DONE] follows."""
+        """Said in the stream, because its status is already sent."""
         response = await self._open()
         error = broken_stream(self._exchange, UpstreamError("cut", text))
-        await response.write(encode_event(orjson.dumps(error.document())))
+        await response.write(self._renderer.broken(error))
         await response.write_eof()
         return response
 
@@ -160,31 +155,62 @@ class ChatSink:
         if self._response is None:
             exchange = self._exchange
             exchange.first_token_s = self._engine.clock.now() - exchange.started_s
+            self._engine.metrics.first(
+                exchange.model, exchange.service_type, exchange.first_token_s
+            )
             self._response = stream_response(exchange)
             exchange.status = 200
             await self._response.prepare(self._http)
+            begins = self._renderer.begin()
+            if begins:
+                await self._response.write(begins)
         return self._response
 
 
-class Relay:
-    """Turns a provider's events into the client's, and notes what the books need."""
+def answer_value(answer: Answer, exchange: Exchange) -> dict[str, Any]:
+    """An answer as a chat completion: the provider's own document where it came as one."""
+    reply = answer.reply
+    if reply is not None and reply.raw:
+        return {"id": exchange.request_id, "created": int(exchange.wall_s),
+                "model": exchange.model, **reply.raw}  # fmt: skip
+    choice = reply.choice if reply is not None else None
+    if choice is None:
+        message = {"role": "assistant", "content": answer.text}
+        reason = reply.finish_reason if reply is not None else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+    usage = answer_usage(answer)
+    return {
+        "id": exchange.request_id,
+        "object": "chat.completion",
+        "created": int(exchange.wall_s),
+        "model": exchange.model,
+        "choices": [dict(choice)],
+        "usage": {
+            "prompt_tokens": usage.in_tokens,
+            "completion_tokens": usage.out_tokens,
+            "total_tokens": usage.in_tokens + usage.out_tokens,
+        },
+    }
 
-    def __init__(
-        self,
-        clock: Clock,
-        call: Call,
-        exchange: Exchange,
-        attempt: Attempt,
-        text: list[str] | None = None,
-    ) -> None:
+
+def answer_usage(answer: Answer) -> Usage:
+    """The tokens of the call that answered; none for a stored answer."""
+    reply = answer.reply
+    if reply is None:
+        return Usage(0, 0)
+    return Usage(reply.in_tokens, reply.out_tokens, reply.cached_in_tokens)
+
+
+class Relay:
+    """A chat's events as they came: its bytes are not made anew. Notes what the books need."""
+
+    def __init__(self, clock: Clock, call: Call, exchange: Exchange, attempt: Attempt) -> None:
         self._clock = clock
-        self._text = text  # of a pipeline's call: it is collected, and the end is not sent
-        self.finish_reason = ""
-        self._hide_usage = not call.wants_usage
+        self._call = call
         self._exchange = exchange
         self._attempt = attempt
-        self.usage: Usage | None = None
-        self.last: Event | None = None
+        self._usage: Usage | None = None
+        self._last: Event | None = None
         self.size_bytes = 0
 
     def take(self, events: list[Event]) -> bytes:
@@ -193,43 +219,83 @@ class Relay:
         for event in events:
             value = event.value
             if value is None:
-                out += self._end()
+                self._attempt.answered(self._usage, self.size_bytes)
+                exchange = self._exchange
+                exchange.total_s = self._clock.now() - exchange.started_s
+                out.append(chat_end(self._call, exchange, self._last))
                 break
             self.size_bytes += len(event.raw)
             if event.usage is not None:
-                self.usage = event.usage
+                self._usage = event.usage
                 if not value.get("choices"):
-                    self.last = event
+                    self._last = event
                     continue
-            if self._text is not None:
-                self._collect(value, self._text)
             out.append(event.raw)
             out.append(b"\n\n")
         return b"".join(out)
 
     def broken(self, error: ApiError) -> bytes:
-        return encode_event(orjson.dumps(error.document()))
+        return CHAT.renderer(self._call, self._exchange).broken(error)
 
-    def _collect(self, value: dict[str, Any], text: list[str]) -> None:
-        choices = value.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if isinstance(choice, dict):
-            delta = choice.get("delta")
-            content = delta.get("content") if isinstance(delta, dict) else None
-            if isinstance(content, str):
-                text.append(content)
-            self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
 
-    def _end(self) -> list[bytes]:
+class RenderRelay:
+    """A chat's events in a dialect's words.
+
+    builder: of a pipeline's call; the choice is put together in it, and the pipeline ends the
+    stream. Without one the stream begins and ends here.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        call: Call,
+        exchange: Exchange,
+        attempt: Attempt,
+        renderer: Renderer,
+        builder: ChoiceBuilder | None = None,
+    ) -> None:
+        self._clock = clock
+        self._call = call
+        self._exchange = exchange
+        self._attempt = attempt
+        self._renderer = renderer
+        self._builder = builder
+        self._began = builder is not None
+        self.usage: Usage | None = None
+        self.last: Event | None = None
+        self.size_bytes = 0
+
+    def take(self, events: list[Event]) -> bytes:
+        out: list[bytes] = []
+        if not self._began:
+            self._began = True
+            out.append(self._renderer.begin())
+        for event in events:
+            value = event.value
+            if value is None:
+                self._attempt.answered(self.usage, self.size_bytes)
+                if self._builder is None:
+                    out.append(self._end())
+                break
+            self.size_bytes += len(event.raw)
+            if event.usage is not None:
+                self.usage = event.usage
+            if not value.get("choices"):
+                self.last = event if event.usage is not None else self.last
+                continue
+            if self._builder is not None:
+                self._builder.take(value)
+            out.append(self._renderer.chunk(event))
+        return b"".join(out)
+
+    def broken(self, error: ApiError) -> bytes:
+        return self._renderer.broken(error)
+
+    def _end(self) -> bytes:
         exchange = self._exchange
-        self._attempt.answered(self.usage, self.size_bytes)
         exchange.total_s = self._clock.now() - exchange.started_s
-        if self._text is not None:
-            return []
-        if self._hide_usage or self.last is None or self.last.value is None:
-            return [DONE_EVENT]
-        document = {**self.last.value, "intentd": exchange.document()}
-        return [encode_event(orjson.dumps(document)), DONE_EVENT]
+        usage = self.usage or guessed_usage(self._call, self.size_bytes)
+        return self._renderer.end(usage, self.last)
 
 
 def answer_headers(exchange: Exchange) -> dict[str, str]:
@@ -264,15 +330,17 @@ def stream_response(exchange: Exchange) -> web.StreamResponse:
     return response
 
 
-def chunk_event(document: dict[str, Any]) -> bytes:
-    return encode_event(orjson.dumps(document))
-
-
 def broken_stream(exchange: Exchange, error: UpstreamError) -> ApiError:
-    """Said in the stream, because its status is already sent. No [DONE] follows."""
+    """Said in the stream, because its status is already sent. No end of an answer follows."""
     return ApiError(
         502,
         f"{error} (request {exchange.request_id})",
         code=f"upstream_{error.kind}",
         kind="upstream_error",
+    )
+
+
+def json_response(value: Any, exchange: Exchange) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(value), headers=answer_headers(exchange), content_type="application/json"
     )

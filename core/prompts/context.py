@@ -394,4 +394,26 @@ def split_chat(
     return system, tuple(history), tuple(turn)
 
 
+def join_tool_results(messages: Messages) -> Messages:
+    """Messages that begin with a tool's result joined to the ones that hold its call: providers
+    refuse one without the other."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and begins_with_result(message.chat):
+            before = joined[-1]
+            joined[-1] = Message(
+                before.prompt,
+                message.response or before.response,
+                (*before.as_chat(), *message.chat),
+                message.message_id or before.message_id,
+            )
+        else:
+            joined.append(message)
+    return tuple(joined)
+
+
+def begins_with_result(chat: Sequence[ChatMessageLike]) -> bool:
+    return bool(chat) and chat[0].get("role") in ("tool", "function")
+
+
 ChatMessageLike = Mapping[str, Any]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from intentd.core.prompts.context import Messages, chat_texts, fit_window
+from intentd.core.prompts.context import (
+    Messages,
+    begins_with_result,
+    chat_texts,
+    fit_window,
+    join_tool_results,
+)
 from intentd.core.prompts.effects import (
     CallFailed,
     CallModel,
@@ -33,6 +39,7 @@ class Steps:
         self.trace = Trace(service_type.name)
         self.loaded: Messages | None = None
         self.kept: Messages | None = None
+        self.called: tuple[ChatMessage, ...] = ()  # what a turn of tool results answers to
         self.updates = True
         self.extra: tuple[ChatMessage, ...] = ()
         self.small_answers: ModelSpec | None = None
@@ -49,6 +56,10 @@ class Steps:
                 outcome = yield LoadContext(self.request.conversation, self.request.replaces)
                 if isinstance(outcome, ContextLoaded):
                     self.loaded = outcome.messages
+            self.loaded = join_tool_results(self.loaded)
+            if self.loaded and begins_with_result(self.request.turn):
+                self.called = self.loaded[-1].as_chat()
+                self.loaded = self.loaded[:-1]
         return self.loaded
 
     def recording(
@@ -68,7 +79,7 @@ class Steps:
 
     def chat_for(self, model: ModelSpec) -> tuple[ChatMessage, ...]:
         """The chat that fits the model's window; fills in the trace's context figures."""
-        turn = self.request.turn_messages()
+        turn = (*self.called, *self.request.turn_messages())
         fixed = (*self.request.system, *self.extra, *turn)
         cap = min(self.cap, model.max_output_tokens or self.cap)
         kept = fit_window(

@@ -12,9 +12,9 @@ import orjson
 
 from intentd.proxy.adapter.native import Event, Usage
 from intentd.proxy.adapter.sse import encode_event
-from intentd.proxy.call import Call, Exchange, guessed_usage
+from intentd.proxy.call import Call, Exchange
+from intentd.proxy.dialects.dialect import Dialect
 from intentd.proxy.dialects.openai_chat import MAX_TOKENS, integer, read_chat, read_object
-from intentd.proxy.engine import Attempt
 from intentd.proxy.errors import ApiError, bad_field
 
 _SAME: Final = ("model", "temperature", "top_p", "stream", "service_type", "intentd")
@@ -39,14 +39,27 @@ _ERROR_TYPES: Final = frozenset(
 def read_messages(raw: bytes, service_header: str) -> Call:
     """A validated request, translated. Raises ApiError naming the field."""
     given = read_object(raw)
+    if given.get("max_tokens") is None:
+        raise bad_field("max_tokens", None, "a count > 0")
+    call = _translated(given, service_header)
+    call.cap = integer(given, "max_tokens", 1, MAX_TOKENS)
+    return call
+
+
+def read_count(raw: bytes, service_header: str) -> Call:
+    """A request of /v1/messages/count_tokens: a message nobody wants answered."""
+    given = read_object(raw)
+    for name in ("max_tokens", "stream", "temperature", "stop_sequences"):
+        if given.get(name) is not None:
+            raise bad_field(name, given[name], "nothing: only tokens are counted")
+    return _translated(given, service_header)
+
+
+def _translated(given: dict[str, Any], service_header: str) -> Call:
     for name in sorted(given):
         if name not in _KNOWN:
             raise bad_field(name[:64], given[name], "nothing: it has no counterpart")
-    if given.get("max_tokens") is None:
-        raise bad_field("max_tokens", None, "a count > 0")
-    integer(given, "max_tokens", 1, MAX_TOKENS)
     body: dict[str, Any] = {name: given[name] for name in _SAME if name in given}
-    body["max_tokens"] = given["max_tokens"]
     body["messages"] = [*_system(given.get("system")), *_messages(given.get("messages"))]
     if given.get("stop_sequences"):
         body["stop"] = given["stop_sequences"]
@@ -66,7 +79,9 @@ def error_document(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
-def message_document(value: dict[str, Any], usage: Usage, exchange: Exchange) -> dict[str, Any]:
+def message_document(
+    value: dict[str, Any], usage: Usage, _call: Call, exchange: Exchange
+) -> dict[str, Any]:
     """A chat completion as a message. Raises ApiError 502 for one without a choice."""
     choices = value.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -91,41 +106,16 @@ def message_document(value: dict[str, Any], usage: Usage, exchange: Exchange) ->
     }
 
 
-class MessageRelay:
-    """Turns a chat's stream into a message's; the interface of streams.Relay."""
+class MessageRenderer:
+    """A chat's stream as a message's."""
 
-    def __init__(self, call: Call, exchange: Exchange, attempt: Attempt) -> None:
-        self._call = call
+    def __init__(self, call: Call, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._attempt = attempt
-        self._usage: Usage | None = None
-        self._began = False
         self._open = ""  # kind of the block under way: text, or a tool's index
         self._blocks = 0
         self._stop_reason = "end_turn"
-        self.size_bytes = 0
 
-    def take(self, events: list[Event]) -> bytes:
-        out: list[bytes] = []
-        if not self._began:
-            self._began = True
-            out.append(self._start())
-        for event in events:
-            self.size_bytes += len(event.raw)
-            if event.value is None:
-                out += self._end()
-                break
-            if event.usage is not None:
-                self._usage = event.usage
-            choices = event.value.get("choices")
-            if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-                out += self._choice(choices[0])
-        return b"".join(out)
-
-    def broken(self, error: ApiError) -> bytes:
-        return _event("error", error_document(error))
-
-    def _start(self) -> bytes:
+    def begin(self) -> bytes:
         message: dict[str, Any] = {
             "id": f"msg_{self._exchange.request_id}",
             "type": "message",
@@ -137,6 +127,30 @@ class MessageRelay:
             "usage": {"input_tokens": 0, "output_tokens": 0},
         }
         return _event("message_start", {"type": "message_start", "message": message})
+
+    def chunk(self, event: Event) -> bytes:
+        choices = event.value.get("choices") if event.value is not None else None
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            return b"".join(self._choice(choices[0]))
+        return b""
+
+    def end(self, usage: Usage, last: Event | None) -> bytes:
+        document = {
+            "type": "message_delta",
+            "delta": {"stop_reason": self._stop_reason, "stop_sequence": None},
+            "usage": _usage(usage),
+            "intentd": self._exchange.document(),
+        }
+        return b"".join(
+            (
+                *self._close(),
+                _event("message_delta", document),
+                _event("message_stop", {"type": "message_stop"}),
+            )
+        )
+
+    def broken(self, error: ApiError) -> bytes:
+        return _event("error", error_document(error))
 
     def _choice(self, choice: dict[str, Any]) -> list[bytes]:
         out: list[bytes] = []
@@ -184,20 +198,8 @@ class MessageRelay:
         self._blocks += 1
         return [_event("content_block_stop", document)]
 
-    def _end(self) -> list[bytes]:
-        self._attempt.answered(self._usage, self.size_bytes)
-        usage = self._usage or guessed_usage(self._call, self.size_bytes)
-        last = {
-            "type": "message_delta",
-            "delta": {"stop_reason": self._stop_reason, "stop_sequence": None},
-            "usage": _usage(usage),
-            "intentd": self._exchange.document(),
-        }
-        return [
-            *self._close(),
-            _event("message_delta", last),
-            _event("message_stop", {"type": "message_stop"}),
-        ]
+
+MESSAGES: Final = Dialect(MessageRenderer, message_document, error_document)
 
 
 def _event(name: str, document: dict[str, Any]) -> bytes:

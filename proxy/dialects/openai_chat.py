@@ -1,7 +1,7 @@
-"""OpenAI's /v1/chat/completions, /v1/completions and /v1/embeddings: requests in.
+"""OpenAI's /v1/chat/completions, /v1/completions and /v1/embeddings.
 
 What the proxy acts on is checked here; everything else goes to the provider as it came, so that
-new fields of the API work on the day they appear.
+new fields of the API work on the day they appear. Answers go out as they came, with metadata.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Any, Final
 
 import orjson
 
-from intentd.proxy.call import Call
+from intentd.proxy.adapter.native import Event, Usage
+from intentd.proxy.adapter.sse import DONE, encode_event
+from intentd.proxy.call import Call, Exchange
+from intentd.proxy.dialects.dialect import Dialect
 from intentd.proxy.errors import ApiError, bad_field
 
 MAX_MESSAGES: Final = 10_000
@@ -22,6 +25,7 @@ _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "
 _FORBIDDEN: Final = frozenset(
     {"api_base", "base_url", "api_key", "api_version", "extra_headers", "custom_llm_provider"}
 )
+DONE_EVENT: Final = encode_event(DONE)
 EXTENSION_FIELDS: Final = frozenset({"service_type", "conversation", "options"})
 
 
@@ -83,6 +87,54 @@ def read_embeddings(raw: bytes, service_header: str) -> Call:
         raise bad_field("stream", True, "false: embeddings do not stream")
     call.answers = 0
     return call
+
+
+class ChatRenderer:
+    """Chunks as they came; the metadata in the usage chunk, where one is wanted."""
+
+    def __init__(self, call: Call, exchange: Exchange) -> None:
+        self._call = call
+        self._exchange = exchange
+
+    def begin(self) -> bytes:
+        return b""
+
+    def chunk(self, event: Event) -> bytes:
+        return event.raw + b"\n\n"
+
+    def end(self, usage: Usage, last: Event | None) -> bytes:
+        return chat_end(self._call, self._exchange, last)
+
+    def broken(self, error: ApiError) -> bytes:
+        """No [DONE] follows."""
+        return encode_event(orjson.dumps(error.document()))
+
+
+def chat_end(call: Call, exchange: Exchange, last: Event | None) -> bytes:
+    """[DONE], with the usage chunk before it if the client asked for one."""
+    if not call.wants_usage:
+        return DONE_EVENT
+    value = last.value if last is not None else None
+    if value is None:
+        value = {
+            "id": exchange.request_id,
+            "object": "chat.completion.chunk",
+            "created": int(exchange.wall_s),
+            "model": exchange.model,
+            "choices": [],
+            "usage": None,  # the provider told none; the metadata say what was booked
+        }
+    document = {**value, "intentd": exchange.document()}
+    return encode_event(orjson.dumps(document)) + DONE_EVENT
+
+
+def _chat_document(
+    value: dict[str, Any], _usage: Usage, _call: Call, exchange: Exchange
+) -> dict[str, Any]:
+    return {**value, "intentd": exchange.document()}
+
+
+CHAT: Final = Dialect(ChatRenderer, _chat_document, ApiError.document)
 
 
 def integer(body: dict[str, Any], field: str, low: int, high: int, default: int = 0) -> int:

@@ -65,6 +65,16 @@ _ADD_MESSAGE: Final = (
     "INSERT INTO messages(key, conversation, sequence, message_id, prompt, response, chat, wall_s) "
     "VALUES ($1, $2, $3, $4, $5, $6, $7, $8)"
 )
+_REMOVE_MESSAGE: Final = (
+    "DELETE FROM messages WHERE key = $1 AND conversation = $2 AND message_id = $3 RETURNING number"
+)
+# By bytes, as SQLite orders: a page ends where the next one begins, whatever the locale.
+_NAMES: Final = (
+    "SELECT conversation, count(*) AS messages, min(wall_s) AS first_wall_s, "
+    "max(wall_s) AS last_wall_s FROM messages "
+    'WHERE key = $1 AND conversation COLLATE "C" > $2 '
+    'GROUP BY conversation ORDER BY conversation COLLATE "C" LIMIT $3'
+)
 _PRUNE_CONVERSATION: Final = (
     "DELETE FROM messages WHERE key = $1 AND conversation = $2 AND number <= ("
     "SELECT number FROM messages WHERE key = $1 AND conversation = $2 "
@@ -168,6 +178,21 @@ class SharedConversations:
                     await db.execute(_PRUNE_CONVERSATIONS, self._clock.wall() - REMEMBER_S)
         except StoreError as error:
             raise _away(error) from None
+
+    async def remove(self, key: str, conversation: str, message_id: str) -> int:
+        try:
+            async with self._database.transaction() as db:
+                rows = await db.fetch(_REMOVE_MESSAGE, key, conversation, message_id)
+        except StoreError as error:
+            raise _away(error) from None
+        return len(rows)
+
+    async def names(self, key: str, limit: int, after: str) -> list[dict[str, Any]]:
+        try:
+            rows = await self._database.read(_NAMES, key, after, limit)
+        except StoreError as error:
+            raise _away(error) from None
+        return [dict(row) for row in rows]
 
     async def forget(self, turn: Turn) -> int:
         try:

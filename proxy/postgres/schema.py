@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from intentd.proxy.postgres import cache
+from intentd.proxy.postgres import cache, feedback
 
 MIGRATIONS: Final = (
     """
@@ -62,4 +62,5 @@ MIGRATIONS: Final = (
     CREATE INDEX messages_conversation ON messages(key, conversation, sequence);
     """,
     cache.MIGRATION,
+    feedback.MIGRATION,
 )

@@ -17,6 +17,7 @@ from intentd.proxy.config import ProxyConfig
 from intentd.proxy.postgres.cache import PostgresCacheRows
 from intentd.proxy.postgres.conversations import CHANNEL, SharedConversations, take_tickets
 from intentd.proxy.postgres.database import Database
+from intentd.proxy.postgres.feedback import SharedFeedback
 from intentd.proxy.postgres.ledger import SharedLedger, settle_abandoned
 from intentd.proxy.postgres.rates import SharedRates
 from intentd.proxy.postgres.schema import MIGRATIONS
@@ -102,6 +103,7 @@ class SharedState:
         self.turns = SharedConversations(database, clock, config.conversations, boot)
         self.rates = SharedRates(database)
         self.key_table = SharedKeys(database)
+        self.feedback_rows = SharedFeedback(database, config.records.max_rows)
         self.cache_rows = PostgresCacheRows(database)
         self._seen_s: float | None = None
         self._steady_since_s = 0.0
@@ -146,6 +148,7 @@ class SharedState:
 
     def reload(self, config: ProxyConfig) -> None:
         self.turns.section = config.conversations
+        self.feedback_rows.max_rows = config.records.max_rows
 
     def unready(self) -> list[str]:
         return [self.database.failure] if self.database.failure else []

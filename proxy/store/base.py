@@ -70,6 +70,17 @@ class KeyRow:
     grants: str
 
 
+@dataclass(frozen=True, slots=True)
+class FeedbackRow:
+    """The last word of a user on an answer."""
+
+    key_id: str
+    request_id: str
+    good: bool
+    comment: str
+    wall_s: float
+
+
 class Books(Protocol):
     """Budgets by the rules of core.prompts.budgets, spend, the request log."""
 
@@ -140,6 +151,13 @@ class Turns(Protocol):
     async def forget(self, turn: Turn) -> int:
         """How many messages went. Raises ApiError 503."""
 
+    async def remove(self, key: str, conversation: str, message_id: str) -> int:
+        """Forget one message; how many went. Raises ApiError 503."""
+
+    async def names(self, key: str, limit: int, after: str) -> list[dict[str, Any]]:
+        """This key's conversations by name, from the one after `after`: conversation, messages,
+        first_wall_s, last_wall_s. Raises ApiError 503."""
+
 
 class Rates(Protocol):
     """Request rates by scope."""
@@ -161,6 +179,16 @@ class KeyTable(Protocol):
         """
 
 
+class FeedbackTable(Protocol):
+    """What users said of answers: a row a request, the newest of them kept."""
+
+    async def write(self, row: FeedbackRow) -> None:
+        """Durable when it returns; a later word replaces it. Raises StoreError."""
+
+    async def find(self, key_id: str, request_id: str) -> FeedbackRow | None:
+        """Raises StoreError."""
+
+
 class State(Protocol):
     """Everything together, opened."""
 
@@ -175,6 +203,9 @@ class State(Protocol):
 
     @property
     def key_table(self) -> KeyTable: ...
+
+    @property
+    def feedback_rows(self) -> FeedbackTable: ...
 
     @property
     def cache_rows(self) -> CacheRows: ...

@@ -8,7 +8,7 @@ from typing import Final
 from intentd.core.errors import InputError
 from intentd.daemons.kit.store import Store
 from intentd.proxy.store import cache_sqlite
-from intentd.proxy.store.base import KeyRow
+from intentd.proxy.store.base import FeedbackRow, KeyRow
 
 MIGRATIONS: Final = (
     """
@@ -55,6 +55,13 @@ MIGRATIONS: Final = (
     ) STRICT, WITHOUT ROWID;
     ALTER TABLE messages ADD COLUMN sequence INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    CREATE TABLE feedback(
+        key TEXT NOT NULL, id TEXT NOT NULL, good INTEGER NOT NULL, comment TEXT NOT NULL,
+        wall_s REAL NOT NULL, PRIMARY KEY(key, id)
+    ) STRICT;
+    CREATE INDEX feedback_wall ON feedback(wall_s);
+    """,
 )
 
 WRITE_ACCOUNT: Final = (
@@ -95,6 +102,20 @@ ADD_MESSAGE: Final = (
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 REMOVE_MESSAGE: Final = "DELETE FROM messages WHERE key = ? AND conversation = ? AND message_id = ?"
+NAMES: Final = (
+    "SELECT conversation, count(*) AS messages, min(wall_s) AS first_wall_s, "
+    "max(wall_s) AS last_wall_s FROM messages WHERE key = ? AND conversation > ? "
+    "GROUP BY conversation ORDER BY conversation LIMIT ?"
+)
+ADD_FEEDBACK: Final = (
+    "INSERT INTO feedback(key, id, good, comment, wall_s) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT(key, id) DO UPDATE SET good=excluded.good, comment=excluded.comment, "
+    "wall_s=excluded.wall_s"
+)
+PRUNE_FEEDBACK: Final = (
+    "DELETE FROM feedback WHERE wall_s < "
+    "(SELECT wall_s FROM feedback ORDER BY wall_s DESC LIMIT 1 OFFSET ?)"
+)
 PRUNE_CONVERSATION: Final = (
     "DELETE FROM messages WHERE key = ? AND conversation = ? AND number <= ("
     "SELECT number FROM messages WHERE key = ? AND conversation = ? "
@@ -141,3 +162,30 @@ class SqliteKeys:
             await self._store.run(write)
         except sqlite3.IntegrityError:
             raise InputError("name", row.name, "a name no key has") from None
+
+
+class SqliteFeedback:
+    """What users said of answers, in SQLite; a store.base.FeedbackTable."""
+
+    def __init__(self, store: Store, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self._store = store
+
+    async def write(self, row: FeedbackRow) -> None:
+        def write(store: Store) -> None:
+            with store.transaction() as db:
+                db.execute(
+                    ADD_FEEDBACK,
+                    (row.key_id, row.request_id, int(row.good), row.comment, row.wall_s),
+                )
+                db.execute(PRUNE_FEEDBACK, (self.max_rows,))
+
+        await self._store.run(write)
+
+    async def find(self, key_id: str, request_id: str) -> FeedbackRow | None:
+        sql = "SELECT good, comment, wall_s FROM feedback WHERE key = ? AND id = ?"
+        rows = await self._store.run(lambda store: store.read(sql, (key_id, request_id)))
+        if not rows:
+            return None
+        (row,) = rows
+        return FeedbackRow(key_id, request_id, bool(row["good"]), row["comment"], row["wall_s"])

@@ -28,7 +28,7 @@ from intentd.proxy.errors import ApiError
 from intentd.proxy.postgres.database import Database
 from intentd.proxy.postgres.schema import MIGRATIONS
 from intentd.proxy.postgres.state import SharedState
-from intentd.proxy.store.base import Purpose, Sums
+from intentd.proxy.store.base import FeedbackRow, Purpose, Sums
 from intentd.proxy.store.cache import ItemRow, KeyRow, Page
 
 pytestmark = pytest.mark.real
@@ -460,3 +460,23 @@ async def _until(holds: Any) -> None:
     async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110  what is waited for has no event
             await asyncio.sleep(0.02)
+
+
+# -- lists, single messages, feedback ----------------------------------------------------------
+
+
+async def test_names_removal_and_feedback(postgres: Postgres) -> None:
+    async with peer(postgres, "a") as one, peer(postgres, "b") as other:
+        for name in ("b", "A", "a"):
+            async with one.state.turns.turn("k", name) as turn:
+                await one.state.turns.append(turn, Message("p", "r", message_id=f"m-{name}"), ())
+        names = await other.state.turns.names("k", 2, "")
+        assert [row["conversation"] for row in names] == ["A", "a"]
+        assert [row["conversation"] for row in await other.state.turns.names("k", 2, "a")] == ["b"]
+        assert await other.state.turns.remove("k", "a", "m-a") == 1
+        assert await one.state.turns.load("k", "a") == []
+        for good in (True, False):
+            row = FeedbackRow("k", "req", good, "well", 5.0)
+            await one.state.feedback_rows.write(row)
+            assert await other.state.feedback_rows.find("k", "req") == row
+        assert await other.state.feedback_rows.find("k", "other") is None

@@ -31,6 +31,27 @@ def main(url):
             list(stream.text_stream)
     except anthropic.APIError as error:
         seen["cut"] = type(error).__name__
+    tools = [{"name": "add", "description": "adds", "input_schema": {"type": "object"}}]
+    asked = {**given, "messages": [{"role": "user", "content": "tool"}], "tools": tools}
+    called = client.messages.create(**asked)
+    use = called.content[0]
+    seen["tool"] = [called.stop_reason, use.type, use.name, use.input]
+    with client.messages.stream(**asked) as stream:
+        last = stream.get_final_message()
+    seen["tool_stream"] = [last.content[0].name, last.content[0].input]
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "3"}
+    chat = [
+        *asked["messages"],
+        {"role": "assistant", "content": called.content},
+        {"role": "user", "content": [result]},
+    ]
+    seen["tool_result"] = client.messages.create(**{**asked, "messages": chat}).content[0].text
+    counted = client.messages.count_tokens(model="m", messages=given["messages"], tools=tools)
+    seen["counted"] = counted.input_tokens > 5
+    by_type = client.messages.create(**{**given, "model": "cost"})
+    seen["service_type"] = [by_type.model, by_type.intentd["service_type"]]
+    with client.messages.stream(**{**given, "model": "model_selector"}) as stream:
+        seen["cascade_stream"] = "".join(stream.text_stream)
     print(json.dumps(seen))
 
 

@@ -35,7 +35,18 @@ def main(url):
     seen["usage"] = chunks[-1].usage.completion_tokens
     seen["several"] = len(chat(model="m", messages=messages, n=2).choices)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    chat(model="m", messages=messages, tools=tools, response_format={"type": "json_object"})
+    asked = [{"role": "user", "content": "tool"}]
+    called = chat(model="m", messages=asked, tools=tools).choices[0].message.tool_calls[0]
+    seen["tool"] = [called.function.name, called.function.arguments]
+    with client.chat.completions.stream(model="m", messages=asked, tools=tools) as events:
+        last = events.get_final_completion().choices[0]
+    seen["tool_stream"] = [last.finish_reason, last.message.tool_calls[0].function.arguments]
+    as_json = chat(
+        model="m",
+        messages=[{"role": "user", "content": "json"}],
+        response_format={"type": "json_object"},
+    )
+    seen["json"] = json.loads(as_json.choices[0].message.content)
     seen["embedding"] = list(client.embeddings.create(model="m", input="x").data[0].embedding)
     seen["completion"] = client.completions.create(model="m", prompt="x").choices[0].text
     seen["service_type"] = chat(

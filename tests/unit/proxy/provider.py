@@ -39,6 +39,7 @@ class Script:
     gate: asyncio.Event | None = None
     raw: bytes | None = None
     deltas: tuple[dict[str, Any], ...] = ()
+    finish: str = "stop"
 
 
 @dataclass
@@ -129,9 +130,12 @@ class Provider:
         usage: dict[str, int],
     ) -> web.StreamResponse:
         text = "".join(words)
+        message = {"role": "assistant", "content": text or None}
+        for delta in script.deltas:
+            message |= delta
         choices = [
-            {"index": i, "message": {"role": "assistant", "content": text},
-             "finish_reason": "stop", "text": text, "logprobs": None}
+            {"index": i, "message": message,
+             "finish_reason": script.finish, "text": text, "logprobs": None}
             for i in range(body.get("n") or 1)
         ]  # fmt: skip
         document: dict[str, Any] = {
@@ -214,7 +218,7 @@ class Provider:
             if not script.endless:
                 break
         if not script.no_finish:
-            yield chunk({}, "stop")
+            yield chunk({}, script.finish)
         if (body.get("stream_options") or {}).get("include_usage") and not script.no_usage:
             last = {
                 "id": "c1", "object": "chat.completion.chunk", "created": 1,

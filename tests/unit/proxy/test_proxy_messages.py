@@ -171,7 +171,7 @@ async def test_a_broken_stream_ends_in_an_error(site: Any) -> None:
         ({"system": 3}, "system"),
         ({"tools": [{"name": "x"}]}, "tools[0]"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"service_type": "cost"}, "service_type"),
+        ({"service_type": "psychic"}, "service_type"),
     ],
 )  # fmt: skip
 async def test_errors_are_anthropics_and_name_the_field(

@@ -1,0 +1,168 @@
+"""What applications may read: models, their conversations, stored responses, their requests."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+from intentd.proxy import native
+from intentd.proxy.call import Exchange
+from intentd.proxy.dialects.openai_responses import ResponseId
+from intentd.proxy.engine import Engine
+from intentd.proxy.errors import ApiError, bad_field, shown
+from intentd.proxy.feedback import Feedback, FeedbackBook, read_feedback
+from intentd.proxy.responses import find, input_items, stored_document
+from intentd.proxy.store.base import Books, Turns
+from intentd.proxy.streams import json_response
+
+MAX_PAGE: Final = 1000
+
+
+class RequestLog:
+    """The documents of answered requests: the last ones in memory, the others in the ledger."""
+
+    def __init__(self, ledger: Books, most: int) -> None:
+        self.most = most
+        self._ledger = ledger
+        # Bytes, not objects: thousands of live objects would slow every collection down.
+        self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+
+    def keep(self, exchange: Exchange) -> None:
+        document = exchange.encode_log()
+        key_id = exchange.key.key_id
+        self._recent[exchange.request_id] = (key_id, document)
+        if len(self._recent) > self.most:
+            self._recent.popitem(last=False)
+        self._ledger.log_request(exchange.request_id, key_id, exchange.wall_s, document)
+
+    async def find(self, request_id: str, key_id: str) -> dict[str, Any] | None:
+        """A request of this key; None when there is none. Raises ApiError 503."""
+        found = self._recent.get(request_id)
+        if found is not None and found[0] == key_id:
+            raw = found[1]
+        else:
+            rows = await self._ledger.find_request(request_id, key_id)
+            if not rows:
+                return None
+            raw = rows[0].encode()
+        document: dict[str, Any] = orjson.loads(raw)
+        return document
+
+    async def get(self, request_id: str, key_id: str, field: str) -> dict[str, Any]:
+        """Raises ApiError 404 naming the field."""
+        document = await self.find(request_id, key_id)
+        if document is None:
+            raise ApiError(
+                404,
+                f"{field}: got {shown(request_id)}, expected one of this key's requests",
+                param=field,
+            )
+        return document
+
+
+class Reading:
+    """The handlers of GET, and of DELETE for what is kept of an application."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        conversations: Turns,
+        log: RequestLog,
+        feedback: FeedbackBook,
+    ) -> None:
+        self._engine = engine
+        self._conversations = conversations
+        self._log = log
+        self._feedback = feedback
+
+    async def models(self, _request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        allowed = exchange.key.grants.models
+        data = [
+            _model_object(name) for name in self._engine.models if not allowed or name in allowed
+        ]
+        return json_response({"object": "list", "data": data}, exchange)
+
+    async def model(
+        self, name: str, _request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        allowed = exchange.key.grants.models
+        if name not in self._engine.models or (allowed and name not in allowed):
+            raise ApiError(
+                404, f"model: got {shown(name)}, expected a model of the pool",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        return json_response(_model_object(name), exchange)
+
+    async def conversations(
+        self, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """This key's conversations by name, a page at a time."""
+        limit_text = request.query.get("limit", "100")
+        limit = int(limit_text) if limit_text.isascii() and limit_text.isdecimal() else 0
+        if not 1 <= limit <= MAX_PAGE:
+            raise bad_field("limit", limit_text, f"a count of 1 to {MAX_PAGE}")
+        after = request.query.get("after", "")
+        rows = await self._conversations.names(exchange.key.key_id, limit + 1, after)
+        more = len(rows) > limit
+        return json_response({"object": "list", "data": rows[:limit], "has_more": more}, exchange)
+
+    async def conversation(
+        self, name: str, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """The messages of this key's conversation; DELETE forgets them."""
+        name = native.conversation_name(name, "conversation")
+        conversations, key_id = self._conversations, exchange.key.key_id
+        if request.method == "DELETE":
+            async with conversations.turn(key_id, name) as turn:
+                forgotten = await conversations.forget(turn)
+            return json_response({"forgotten": forgotten}, exchange)
+        messages = await conversations.load(key_id, name)
+        data = [
+            {"id": one.message_id, "prompt": one.prompt, "response": one.response}
+            for one in messages
+        ]
+        return json_response({"conversation": name, "messages": data}, exchange)
+
+    async def response(
+        self, path: str, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """A stored response, or what it answered; DELETE forgets it."""
+        name, _, part = path.partition("/")
+        wanted = ResponseId.read(name, "response_id")
+        conversations, key_id = self._conversations, exchange.key.key_id
+        if part not in ("", "input_items") or (part and request.method == "DELETE"):
+            raise ApiError(404, f"no such path: {shown(request.path)}", code="unknown_path")
+        messages = await conversations.load(key_id, wanted.conversation)
+        message = messages[find(messages, wanted, "response_id")]
+        if request.method == "DELETE":
+            await conversations.remove(key_id, wanted.conversation, wanted.request_id)
+            gone = {"id": name, "object": "response", "deleted": True}
+            return json_response(gone, exchange)
+        if part:
+            items = input_items(message)
+            return json_response({"object": "list", "data": items, "has_more": False}, exchange)
+        log = await self._log.find(wanted.request_id, key_id)
+        return json_response(stored_document(name, message, log or {}), exchange)
+
+    async def request(
+        self, name: str, _request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """All there is to a request, for the key that made it: metadata, how it ended, feedback."""
+        document = await self._log.get(name, exchange.key.key_id, "request")
+        document["feedback"] = await self._feedback.find(name, exchange.key.key_id)
+        return json_response(document, exchange)
+
+    async def rate(self, raw: bytes, exchange: Exchange) -> web.StreamResponse:
+        """A word on an answer of this key."""
+        request_id, good, comment = read_feedback(raw)
+        key_id = exchange.key.key_id
+        document = await self._log.get(request_id, key_id, "id")
+        await self._feedback.give(Feedback(request_id, key_id, good, "rated", document), comment)
+        return json_response({"id": request_id, "rating": "good" if good else "bad"}, exchange)
+
+
+def _model_object(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "intentd"}

@@ -17,13 +17,14 @@ from intentd.core.errors import InputError, IntentdError
 from intentd.core.jobs.search_space import Evaluator, Space, evaluate_point
 
 Array = NDArray[np.float64]
-_task: tuple[Evaluator, Space] | None = None
+Task = tuple[tuple[Evaluator, ...], Space]
+_task: Task | None = None
 
 
 class Pool(Protocol):
-    """Evaluates points; order kept."""
+    """Evaluates points; order kept. which: by which of its evaluators."""
 
-    def map(self, points: Sequence[Array]) -> list[Array]: ...
+    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]: ...
 
     def close(self) -> None: ...
 
@@ -31,45 +32,49 @@ class Pool(Protocol):
 class LocalPool:
     """In this process: for one worker, and for tests."""
 
-    def __init__(self, evaluate: Evaluator, space: Space) -> None:
-        self._task = evaluate, space
+    def __init__(self, evaluators: Sequence[Evaluator], space: Space) -> None:
+        self._task: Task = tuple(evaluators), space
 
-    def map(self, points: Sequence[Array]) -> list[Array]:
-        evaluate, space = self._task
-        return [evaluate_point(evaluate, space.policy, x) for x in points]
+    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]:
+        return _evaluated(self._task, list(points), which)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def _start(evaluate: Evaluator, space: Space) -> None:
+def _evaluated(task: Task, points: list[Array], which: int) -> list[Array]:
+    evaluators, space = task
+    return [evaluate_point(evaluators[which], space.policy, x) for x in points]
+
+
+def _start(task: Task) -> None:
     global _task  # noqa: PLW0603  # a worker serves one search: its task is its state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to answer
-    _task = evaluate, space
+    _task = task
 
 
-def _batch(points: list[Array]) -> list[Array]:
+def _batch(points: list[Array], which: int) -> list[Array]:
     assert _task is not None
-    evaluate, space = _task
-    return [evaluate_point(evaluate, space.policy, x) for x in points]
+    return _evaluated(_task, points, which)
 
 
 class ProcessPool:
     """Worker processes (spawned, so that a daemon's threads and sockets stay out of them)."""
 
-    def __init__(self, evaluate: Evaluator, space: Space, workers: int) -> None:
+    def __init__(self, evaluators: Sequence[Evaluator], space: Space, workers: int) -> None:
         self._workers = workers
         self._pool = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start,
-            initargs=(evaluate, space),
+            initargs=((tuple(evaluators), space),),
         )
 
-    def map(self, points: Sequence[Array]) -> list[Array]:
+    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]:
         step = max(1, -(-len(points) // (4 * self._workers)))
         batches = [list(points[at : at + step]) for at in range(0, len(points), step)]
-        return [values for batch in self._pool.map(_batch, batches) for values in batch]
+        done = self._pool.map(_batch, batches, [which] * len(batches))
+        return [values for batch in done for values in batch]
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -78,7 +83,7 @@ class ProcessPool:
 class RayPool:
     """Tasks on a Ray cluster at an explicit address (a bare init would join any cluster)."""
 
-    def __init__(self, evaluate: Evaluator, space: Space, address: str) -> None:
+    def __init__(self, evaluators: Sequence[Evaluator], space: Space, address: str) -> None:
         try:
             self._ray: Any = importlib.import_module("ray")
         except ImportError:
@@ -88,32 +93,33 @@ class RayPool:
             self._ray.init(address=address, namespace="intentd-search", log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise IntentdError(f"ray: no cluster at {address} ({error})") from None
-        self._task = self._ray.put((evaluate, space))
-        self._run = self._ray.remote(_remote_batch)
+        self._task = self._ray.put((tuple(evaluators), space))
+        self._run = self._ray.remote(_evaluated)
         self._width = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def map(self, points: Sequence[Array]) -> list[Array]:
+    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]:
         step = max(1, -(-len(points) // (4 * self._width)))
         batches = [list(points[at : at + step]) for at in range(0, len(points), step)]
-        done = self._ray.get([self._run.remote(self._task, batch) for batch in batches])
+        done = self._ray.get([self._run.remote(self._task, batch, which) for batch in batches])
         return [values for batch in done for values in batch]
 
     def close(self) -> None:
         self._ray.shutdown()
 
 
-def _remote_batch(task: tuple[Evaluator, Space], points: list[Array]) -> list[Array]:
-    evaluate, space = task
-    return [evaluate_point(evaluate, space.policy, x) for x in points]
-
-
 def open_pool(
-    evaluate: Evaluator, space: Space, *, workers: int | None = None, ray: str | None = None
+    evaluators: Sequence[Evaluator],
+    space: Space,
+    *,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> Pool:
     """workers: None for one a core. ray: address of a cluster."""
     if ray is not None:
-        return RayPool(evaluate, space, ray)
+        return RayPool(evaluators, space, ray)
     count = workers if workers is not None else os.cpu_count() or 1
     if not 1 <= count <= 1024:
         raise InputError("workers", count, "1 to 1024 processes")
-    return LocalPool(evaluate, space) if count == 1 else ProcessPool(evaluate, space, count)
+    if count == 1:
+        return LocalPool(evaluators, space)
+    return ProcessPool(evaluators, space, count)

@@ -160,16 +160,20 @@ class PreferenceSolver:
         budget = budget or Budget()
         sizes = np.concatenate([history.sizes_gpu_s for history in self.train])
         chosen = make_space(space, sizes, integral=self.integral)
-        evaluate = Evaluator(self.train, self.gpus, self.objectives, self.costs, self.predictions)
-        pool = open_pool(evaluate, chosen, workers=workers, ray=ray)
+        sides = [side for side in (self.train, self.test) if side]
+        evaluators = [
+            Evaluator(side, self.gpus, self.objectives, self.costs, self.predictions)
+            for side in sides
+        ]
+        pool = open_pool(evaluators, chosen, workers=workers, ray=ray)
         try:
             points, values, cancelled = _evolve(
                 _algorithm(algorithm, seed), chosen, len(self.objectives), pool, budget,
                 starts=_starts(chosen, warm), seed=seed, progress=progress, begin=begin,
             )  # fmt: skip
+            self.front = self._measured(chosen, points, values, pool)
         finally:
             pool.close()
-        self.front = self._measured(chosen, points, values)
         settings = {
             "algorithm": algorithm,
             "space": space,
@@ -191,23 +195,21 @@ class PreferenceSolver:
         wall_s = time.perf_counter() - begin
         return Search(self.front, len(values), wall_s, settings, cancelled, values, points)
 
-    def _measured(self, space: Space, points: Array, values: Array) -> list[FrontPoint]:
+    def _measured(self, space: Space, points: Array, values: Array, pool: Pool) -> list[FrontPoint]:
         names = [objective.name for objective in self.objectives]
-        held_out = Evaluator(self.test, self.gpus, self.objectives, self.costs, self.predictions)
-        front = []
-        for index in nondominated(values).tolist():
-            policy = space.policy(points[index])
-            seen = dict(zip(names, values[index].tolist(), strict=True))
-            test = held_out(policy) if self.test else ()
-            front.append(
-                FrontPoint(
-                    policy,
-                    tuple(points[index].tolist()),
-                    seen,
-                    dict(zip(names, test, strict=True)) if test else {},
-                )
+        best = nondominated(values).tolist()
+        tests: list[Array] = [np.zeros(0)] * len(best)
+        if self.test:
+            tests = pool.map([points[index] for index in best], 1)
+        return [
+            FrontPoint(
+                space.policy(points[index]),
+                tuple(points[index].tolist()),
+                dict(zip(names, values[index].tolist(), strict=True)),
+                dict(zip(names, test.tolist(), strict=True)) if self.test else {},
             )
-        return front
+            for index, test in zip(best, tests, strict=True)
+        ]
 
 
 def _algorithm(name: str, seed: int) -> Any:

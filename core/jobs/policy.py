@@ -148,18 +148,24 @@ def cuts(sizes: Array, limit: float) -> list[float]:
     the limit; as published, that size belongs to neither sum, the next class starts after it.
     """
     ordered = np.sort(np.asarray(sizes, dtype=np.float64))
+    squares = ordered * ordered
     thresholds: list[float] = []
-    count, total, squares, previous = 0, 0.0, 0.0, 0.0
-    for size in ordered.tolist():
-        count += 1
-        total += size
-        squares += size * size
-        mean = total / count
-        if squares / count / (mean * mean) - 1 > limit:
-            if not thresholds or previous > thresholds[-1]:
-                thresholds.append(previous)
-            count, total, squares = 0, 0.0, 0.0
-        previous = size
+    start, reach = 0, 64  # the open class, and how far it is looked ahead
+    while start < len(ordered):
+        stop = min(start + reach, len(ordered))
+        count = np.arange(1, stop - start + 1)
+        mean = np.cumsum(ordered[start:stop]) / count
+        over = np.cumsum(squares[start:stop]) / count / (mean * mean) - 1 > limit
+        at = int(np.argmax(over))
+        if not over[at]:
+            if stop == len(ordered):
+                break
+            reach *= 2
+            continue
+        previous = float(ordered[start + at - 1]) if start + at else 0.0
+        if not thresholds or previous > thresholds[-1]:
+            thresholds.append(previous)
+        start, reach = start + at + 1, max(64, 2 * at)
     return [*thresholds, math.inf]
 
 

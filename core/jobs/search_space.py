@@ -193,12 +193,20 @@ def nondominated(values: Array) -> NDArray[np.int64]:
     """Indices of the rows no other row beats, the first of equals; smaller is better."""
     order = np.lexsort(values.T[::-1])
     kept: list[int] = []
+    front = np.empty_like(values)  # the rows of kept
+    best = math.inf
     for i in order.tolist():
         row = values[i]
-        if not np.all(np.isfinite(row)):
+        if not np.isfinite(row).all():
             continue
-        if not any(np.all(values[k] <= row) for k in kept):
-            kept.append(i)
+        if len(row) == 2:  # sorted by the first, so that the second alone decides
+            if row[1] >= best:
+                continue
+            best = float(row[1])
+        elif (front[: len(kept)] <= row).all(axis=1).any():
+            continue
+        front[len(kept)] = row
+        kept.append(i)
     return np.array(kept, dtype=np.int64)
 
 

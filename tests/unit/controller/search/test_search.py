@@ -139,7 +139,7 @@ def test_wrong_settings_are_refused(found):
         with pytest.raises(InputError):
             Budget(**budget)
     with pytest.raises(InputError, match="workers"):
-        open_pool(None, None, workers=0)
+        open_pool([], None, workers=0)
 
 
 def test_an_absent_ray_is_one_clear_error(found):
@@ -186,6 +186,8 @@ def test_fronts_and_hypervolume():
     assert nondominated(values).tolist() == [0, 1, 3]
     assert hypervolume(values, (5.0, 5.0)) == 4 * 1 + 3 * 2 + 1 * 1
     assert hypervolume(values, (0.5, 0.5)) == 0
+    three = np.array([[1.0, 4, 2], [2, 2, 2], [2, 3, 2], [2, 3, 1], [1, 4, 2]])
+    assert nondominated(three).tolist() == [0, 1, 3]
     with pytest.raises(InputError):
         hypervolume(np.zeros((2, 3)), (1, 1, 1))
 
@@ -194,8 +196,8 @@ def test_pools_keep_the_order(found):
     space = make_space("wfq", found.train[0].sizes_gpu_s)
     evaluate = Evaluator(found.train, 64, PAIR)
     points = [np.array([t, 0.5, 0.5, 0.1]) for t in (0.2, 0.5, 1.0, 2.0, 3.0)]
-    local = LocalPool(evaluate, space).map(points)
-    pool = ProcessPool(evaluate, space, 2)
+    local = LocalPool([evaluate], space).map(points)
+    pool = ProcessPool([evaluate], space, 2)
     try:
         np.testing.assert_array_equal(local, pool.map(points))
     finally:

@@ -38,6 +38,25 @@ def test_classes_stay_within_the_limit(limit):
         low = high
 
 
+def walked(sizes, limit):
+    """The same cuts one size at a time, as the chapter tells it."""
+    edges, members, previous = [], [], 0.0
+    for size in np.sort(sizes).tolist():
+        members.append(size)
+        mean = sum(members) / len(members)
+        if sum(x * x for x in members) / len(members) / mean**2 - 1 > limit:
+            edges.append(previous)
+            members = []
+        previous = size
+    return [*dict.fromkeys(edges), math.inf]
+
+
+@pytest.mark.parametrize("limit", [0.003, 0.02, 0.3, 1.0, 7.0])
+def test_cuts_are_those_of_a_walk_through_the_sizes(limit):
+    for sizes in (SIZES, np.floor(SIZES) + 1, np.full(9, 4.0), SIZES[:1]):
+        assert cuts(sizes, limit) == pytest.approx(walked(sizes, limit), rel=1e-12)
+
+
 def test_a_wide_limit_is_one_class_and_more_classes_with_less():
     assert cuts(SIZES, 1e9) == [math.inf]
     assert len(cuts(SIZES, 0.1)) > len(cuts(SIZES, 1.0)) > 1

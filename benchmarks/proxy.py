@@ -190,7 +190,7 @@ class Peers:
         process = self.spawn(sys.executable, "-m", "intentd.proxy.daemon", "--config", str(config))
         self.proxy_pid = process.pid
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RuntimeError):  # not there, or starting
                 made = self.admin("keys.new", name="plain")
                 break
             if process.poll() is not None or time.perf_counter() - began_s > 60:

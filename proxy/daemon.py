@@ -12,7 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-import aiohttp
 from aiohttp import web
 
 from intentd.core.errors import ConfigError, InputError, IntentdError
@@ -25,6 +24,7 @@ from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.store import StoreError
+from intentd.proxy.adapter.http import Connections
 from intentd.proxy.adapter.native import Upstream, open_session
 from intentd.proxy.config import ProxyConfig, budget_limit
 from intentd.proxy.driver import Driver
@@ -55,7 +55,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self.address = ""
         self.api: Api | None = None
         self._state: State | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._session: Connections | None = None
         self._runner: web.ServerRunner | None = None
         self._site: web.TCPSite | None = None
         self._link: MemberLink | None = None

@@ -1,4 +1,4 @@
-"""Calls to OpenAI-compatible providers over aiohttp: one attempt each, every failure named.
+"""Calls to OpenAI-compatible providers over HTTP: one attempt each, every failure named.
 
 Whoever calls decides about retries; here an answer is whole and valid, or there is an
 UpstreamError that says whether it may have been billed and whether another attempt may help.
@@ -13,18 +13,25 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-import aiohttp
 import orjson
-from yarl import URL
 
 from intentd.core.errors import IntentdError, WireError
 from intentd.core.prompts.money import Price
 from intentd.daemons.kit.clock import Clock
+from intentd.proxy.adapter.http import (
+    BadAnswerError,
+    ConnectError,
+    Connection,
+    Connections,
+    CutError,
+    Origin,
+)
 from intentd.proxy.adapter.sse import DONE, EventSplitter, event_data
 from intentd.proxy.config import ModelSection, UpstreamSection
 
 MAX_ERROR_BYTES: Final = 64 << 10
 MAX_MESSAGE: Final = 1000
+_FAILURES: Final = (OSError, ConnectError, CutError, BadAnswerError)  # TimeoutError is an OSError
 _CLIENT_FAULTS: Final = frozenset({400, 404, 405, 409, 413, 415, 422})
 
 
@@ -111,7 +118,7 @@ class Upstream:
         self,
         model: ModelSection,
         section: UpstreamSection,
-        session: aiohttp.ClientSession,
+        session: Connections,
         api_key: str,
         clock: Clock,
     ) -> None:
@@ -121,10 +128,15 @@ class Upstream:
         self.price = model.price()
         self._section = section
         self._session = session
-        self._base = model.base_url.rstrip("/")
+        self._origin = Origin(model.base_url)
         self._clock = clock
-        self._urls: dict[str, URL] = {}
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self._heads: dict[str, bytes] = {}
+        self._headers = {
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+            "User-Agent": "intentd-proxy",
+        }
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
@@ -132,11 +144,15 @@ class Upstream:
         """One request, one whole answer, within budget_s seconds. Raises UpstreamError."""
         limit_s = min(budget_s, self._section.first_token_timeout_s)
         try:
-            async with asyncio.timeout(limit_s), self._post(path, body) as response:
-                if response.status != 200:
-                    raise await self._refusal(response)
-                raw = await self._read(response)
-        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            async with asyncio.timeout(limit_s):
+                response = await self._post(path, body)
+                try:
+                    if response.status != 200:
+                        raise await self._refusal(response)
+                    raw = await self._read(response)
+                finally:
+                    response.release()
+        except _FAILURES as error:
             raise self.failed(error) from None
         try:
             value = orjson.loads(raw)
@@ -160,7 +176,7 @@ class Upstream:
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + budget_s
         first_s = min(budget_s, self._section.first_token_timeout_s)
-        response: aiohttp.ClientResponse | None = None
+        response: Connection | None = None
         try:
             try:
                 async with asyncio.timeout(first_s):
@@ -169,7 +185,7 @@ class Upstream:
                         raise await self._refusal(response)
                     stream = UpstreamStream(self, response, self._section, ends_s, choices)
                     await stream.read_first()
-            except (aiohttp.ClientError, OSError) as error:
+            except _FAILURES as error:
                 raise self.failed(error) from None
             stream.watch()
             try:
@@ -179,15 +195,15 @@ class Upstream:
                 stream.unwatch()
         finally:
             if response is not None:
-                response.close()
+                response.release()  # one that has not ended is closed
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _post(self, path: str, body: bytes) -> Any:
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = URL(self._base + path)
-        return self._session.post(url, data=body, headers=self._headers, allow_redirects=False)
+    async def _post(self, path: str, body: bytes) -> Connection:
+        head = self._heads.get(path)
+        if head is None:
+            head = self._heads[path] = self._origin.head(path, self._headers)
+        return await self._session.post(self._origin, head, body)
 
     def event(self, event: bytes) -> Event | None:
         data = event_data(event)
@@ -206,13 +222,13 @@ class Upstream:
         usage = value.get("usage")
         return Event(event, value, None if usage is None else read_usage(usage))
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: Connection) -> bytes:
+        if response.whole:  # it came with the head, as small ones do
+            return await response.readany()
         bound = self._section.max_answer_bytes
-        if (response.content_length or 0) <= 1 << 20 and response.content_length is not None:
-            return await response.read()
         parts: list[bytes] = []
         size = 0
-        async for part in response.content.iter_any():
+        while part := await response.readany():
             size += len(part)
             if size > bound:
                 raise UpstreamError(
@@ -221,10 +237,10 @@ class Upstream:
             parts.append(part)
         return b"".join(parts)
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
+    async def _refusal(self, response: Connection) -> UpstreamError:
         """What a status other than 200 means."""
         status = response.status
-        raw = await response.content.read(MAX_ERROR_BYTES)
+        raw = await self._read_error(response)
         try:
             value = orjson.loads(raw)
         except orjson.JSONDecodeError:
@@ -236,7 +252,7 @@ class Upstream:
                 "rate_limited",
                 f"{self.name}: the provider limits the rate",
                 status=status,
-                retry_after_s=self._retry_after_s(response.headers.get("Retry-After", "")),
+                retry_after_s=self._retry_after_s(response.header(b"retry-after")),
                 details=details,
             )
         if status in _CLIENT_FAULTS:
@@ -253,8 +269,14 @@ class Upstream:
             "timeout" if status in (408, 504) else "status",
             f"{self.name}: the provider answers {status}",
             status=status,
-            retry_after_s=self._retry_after_s(response.headers.get("Retry-After", "")),
+            retry_after_s=self._retry_after_s(response.header(b"retry-after")),
         )
+
+    async def _read_error(self, response: Connection) -> bytes:
+        raw = b""
+        while len(raw) < MAX_ERROR_BYTES and (part := await response.readany()):
+            raw += part
+        return raw[:MAX_ERROR_BYTES]
 
     def _retry_after_s(self, text: str) -> float:
         """Seconds of a Retry-After header (a number or a date); 0 when there is none."""
@@ -271,12 +293,12 @@ class Upstream:
         return min(max(wait_s, 0.0), 86400.0) if wait_s == wait_s else 0.0
 
     def failed(self, error: Exception) -> UpstreamError:
-        if isinstance(error, aiohttp.ClientConnectorError):
+        if isinstance(error, ConnectError):
             return UpstreamError("refused", f"{self.name}: no connection to the provider")
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return UpstreamError("refused", f"{self.name}: connecting took too long")
         if isinstance(error, TimeoutError):
             return UpstreamError("timeout", f"{self.name}: the provider is too slow", billed=True)
+        if isinstance(error, BadAnswerError):
+            return UpstreamError("garbage", f"{self.name}: the answer is {error}", billed=True)
         return UpstreamError("cut", f"{self.name}: the provider cut the answer", billed=True)
 
 
@@ -290,13 +312,13 @@ class UpstreamStream:
     def __init__(
         self,
         upstream: Upstream,
-        response: aiohttp.ClientResponse,
+        response: Connection,
         section: UpstreamSection,
         ends_s: float,
         choices: int,
     ) -> None:
         self._upstream = upstream
-        self._content = response.content
+        self._content = response
         self._idle_s = section.idle_timeout_s
         self._ends_s = ends_s
         self._choices = choices
@@ -327,7 +349,7 @@ class UpstreamStream:
         try:
             while not (events := await self._batch()):
                 pass
-        except (aiohttp.ClientError, OSError) as error:
+        except _FAILURES as error:
             raise self._upstream.failed(error) from None
         finally:
             self._reading = False
@@ -357,7 +379,7 @@ class UpstreamStream:
     async def finish(self) -> None:
         """Take the end of the body, which mostly came with [DONE], so the connection is reused."""
         if self.done and not self._content.at_eof():
-            with contextlib.suppress(aiohttp.ClientError, OSError):
+            with contextlib.suppress(*_FAILURES):
                 async with asyncio.timeout(0.05):
                     await self._content.readany()
 
@@ -414,14 +436,8 @@ def _error_object(name: str, error: object, *, billed: bool) -> UpstreamError:
     )
 
 
-def open_session(section: UpstreamSection) -> aiohttp.ClientSession:
-    """The one session to providers: no cookies, no proxies from the environment, no redirects."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=section.max_connections, ttl_dns_cache=60, keepalive_timeout=30
-        ),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=section.connect_timeout_s),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-        read_bufsize=1 << 18,
+def open_session(section: UpstreamSection) -> Connections:
+    """The connections to all providers."""
+    return Connections(
+        connect_timeout_s=section.connect_timeout_s, max_connections=section.max_connections
     )

@@ -15,6 +15,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from benchmarks import proxy_budget
+from benchmarks.local_postgres import why_not
 from tests.unit.proxy.provider import Provider, Script, running
 
 pytestmark = pytest.mark.real
@@ -147,6 +149,15 @@ async def test_killed_in_the_middle_of_streams(proxy: tuple[Proxy, Provider]) ->
     assert row["cost_nano"] == account["spent"]
     assert account["spent"] - bill_nano <= row["estimated_nano"]
     assert daemon.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+def test_a_budget_holds_through_a_kill(store: str) -> None:
+    if store == "postgres" and (reason := why_not()):
+        pytest.skip(reason)
+    given = ["--streams", "80", "--kills", "1", "--event-s", "0.05", "--store", store]
+    result = asyncio.run(proxy_budget.measure(proxy_budget.arguments(given)))
+    assert all(result["bars"].values()), result
 
 
 async def test_stops_in_order(proxy: tuple[Proxy, Provider]) -> None:

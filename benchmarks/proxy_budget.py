@@ -261,7 +261,7 @@ async def _round(
     given: argparse.Namespace, number: int, proxy: ProxyProcess, bill: Bill, books: Books
 ) -> dict[str, Any]:
     """One key, its streams, one kill."""
-    budget_nano = given.streams * RESERVATION_NANO * 3 // 2
+    budget_nano = given.streams * RESERVATION_NANO * 6 // 5
     name = f"k{number}"
     grants = {"budgets": [{"unit": "dollars", "limit": f"{budget_nano / 1e9:.9f}"}]}
     secret = (await proxy.admin("keys.new", name=name, grants=grants))["secret"]

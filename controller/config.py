@@ -57,9 +57,13 @@ class DomainSection(Section):
     early_fin: Size | None = Field(
         default=None,
         description="Bytes left when the turn is announced; 0: at the end. Default: a millisecond "
-        "of the link.",
+        "of the link, two where the order is global.",
     )
-    local_below: Size = Field(default=0, description="Flows up to this size skip the global order.")
+    local_below: Size | None = Field(
+        default=None,
+        description="Flows up to this size skip the global order. Default: a bandwidth-delay "
+        "product, .2 ms of the link.",
+    )
     thresholds: tuple[Size, ...] = Field(
         default=(), description="Class borders in bytes, pinned, without the last (infinity)."
     )

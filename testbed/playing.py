@@ -105,9 +105,7 @@ def favour(pid: int) -> None:
     """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, NICE)
-        os.sched_setscheduler(
-            pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(REALTIME_PRIORITY)
-        )
+        os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(REALTIME_PRIORITY))
 
 
 def module_command(host: Host, module: str, *words: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from intentd.core.errors import InputError
+from intentd.core.flows.assemble import default_early_fin_bytes, default_local_below_bytes
 from intentd.core.flows.policy import DomainPolicy
 from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, Lab, Scenario
@@ -30,16 +31,18 @@ CLIENTS: Final = 4
 SHARED, GLOBAL, INDEPENDENT = "shared gate", "sequencer", "independent gates"
 MEAN_AT_MOST: Final = 1.08
 P99_AT_MOST: Final = 1.05
-# One bandwidth-delay product at 1 Gb/s and the .2 ms a request and its first bytes take here.
-BDP_S: Final = 0.2e-3
 SMALL_AT_MOST: Final = 1.10  # small flows with the sequencer against the shared gate, median
 
 
 def ordered_globally(policy: DomainPolicy) -> DomainPolicy:
     """The same classes, tickets from the sequencer; flows under one BDP stay local."""
-    bdp = round(policy.rate_bps / 8 * BDP_S)
     classes = tuple(replace(cls, sequencing="global") for cls in policy.classes)
-    return replace(policy, classes=classes, local_below_bytes=bdp)
+    return replace(
+        policy,
+        classes=classes,
+        early_fin_bytes=default_early_fin_bytes(policy.rate_bps, "global"),
+        local_below_bytes=default_local_below_bytes(policy.rate_bps),
+    )
 
 
 async def run(options: Options, directory: Path, progress: Progress) -> Results:
@@ -91,7 +94,7 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
                         )
                     )
                     keep(results, run, directory)
-    _conclude(results, directory, round(options.rate_bps / 8 * BDP_S))
+    _conclude(results, directory, default_local_below_bytes(options.rate_bps))
     return results
 
 

@@ -77,12 +77,14 @@ def test_the_units_say_what_they_must(unit: Path) -> None:
     real_time = {
         "CPUSchedulingPolicy": "rr",
         "CPUSchedulingPriority": "10",
-        "CPUSchedulingResetOnFork": "yes",
         "LimitRTTIME": "10s",
     }
+    hurried = role in ("agent", "sequencer")
     assert {name: found.get(name) for name in real_time} == (
-        real_time if role == "agent" else dict.fromkeys(real_time)
+        real_time if hurried else dict.fromkeys(real_time)
     )
+    assert "CPUSchedulingResetOnFork" not in found
+    assert ("RestrictRealtime" in found) != hurried
 
 
 @needs_root
@@ -120,7 +122,7 @@ def scheduled(found: dict[str, str]) -> list[str]:
     """The command that gives a program its unit's real-time scheduling; nothing if it has none."""
     if "CPUSchedulingPolicy" not in found:
         return []
-    chrt = ["chrt", "--rr", "--reset-on-fork", found["CPUSchedulingPriority"]]
+    chrt = ["chrt", "--rr", found["CPUSchedulingPriority"]]
     return chrt if shutil.which("chrt") and tool(*chrt, "true").returncode == 0 else []
 
 
@@ -210,11 +212,8 @@ def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -
         assert re.search(r"^NoNewPrivs:\s+1$", kernel, re.M)
         assert re.search(r"^Seccomp:\s+2$", kernel, re.M)
         threads = [int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()]
-        policies = {os.sched_getscheduler(thread) for thread in threads if thread != process.pid}
-        assert policies <= {os.SCHED_OTHER}
-        if real_time:
-            policy = os.sched_getscheduler(process.pid)
-            assert policy == os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        policies = {os.sched_getscheduler(thread) for thread in threads}
+        assert policies == {os.SCHED_RR if real_time else os.SCHED_OTHER}
         process.terminate()
         assert process.wait(CALENDAR_S) == 0, log.read_text()
     finally:

@@ -14,7 +14,7 @@ does. Coverage is counted and stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -307,8 +307,15 @@ class Predictor:
         self.issued[job] = prediction
         return prediction
 
-    def refresh(self, snapshot: Snapshot, keys: Sequence[Hashable], cause: str) -> list[Prediction]:
-        """Re-issues what changed, with the cause ("node n3 lost", "policy 1.7 applied", ...)."""
+    def refresh(
+        self,
+        snapshot: Snapshot,
+        keys: Sequence[Hashable],
+        cause: str,
+        anew: Collection[Hashable] = (),
+    ) -> list[Prediction]:
+        """Re-issues what changed, with the cause ("node n3 lost", "policy 1.7 applied", ...).
+        anew: jobs whose prediction is re-issued however little it moved."""
         finish = self._finishes(snapshot, keys)
         now = snapshot.now_s
         self.calibrator.review(now, dict(zip(keys, finish, strict=True)))
@@ -319,7 +326,7 @@ class Predictor:
             fresh = _absolute(job, now, bounds, cause)
             known = self.issued.get(job)
             slack = max(60.0, self.tolerance * max(fresh.p50_s - now, 0.0))
-            if known is None or abs(fresh.p50_s - known.p50_s) > slack:
+            if known is None or job in anew or abs(fresh.p50_s - known.p50_s) > slack:
                 self.issued[job] = fresh
                 changed.append(fresh)
         return changed

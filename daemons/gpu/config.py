@@ -46,6 +46,7 @@ class CostsSection(Section):
     def costs(self) -> Costs:
         return Costs(
             start_s=self.start_s,
+            resize_s=self.start_s + self.preempt_s,  # a run is stopped and started anew
             preempt_s=self.preempt_s,
             min_runtime_s=self.min_runtime_s,
             checkpoint_s=self.checkpoint_s,

@@ -93,7 +93,8 @@ class LocalCluster:
             signal.signal(number, self._end)
         me = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid())}
         temporary = self.directory / f".{FILE}"
-        temporary.write_text(json.dumps({"address": self.address, **me}), encoding="utf-8")
+        said = {"address": self.address, "temp_dir": str(self.temp), **me}
+        temporary.write_text(json.dumps(said), encoding="utf-8")
         try:
             self._start("", None)
             if self._running[""].poll() is not None:

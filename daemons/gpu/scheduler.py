@@ -70,6 +70,7 @@ class Scheduler:
         self._facts: dict[str, Any] = {}
         self._orders: list[Instruction] = []
         self._causes: list[str] = []
+        self._hit: set[int] = set()  # jobs that lost work: their predictions are made anew
         self._refreshed_s = 0.0
 
     def now(self) -> float:
@@ -123,10 +124,11 @@ class Scheduler:
         )
 
     def lost(self, job: int, epoch: int, why: str, *, began: bool) -> None:
-        self.post(
-            lambda ledger, now: ledger.lost_run(job, epoch, now, why, began=began),
-            f"job {job}: {why}",
-        )
+        def lose(ledger: Ledger, now: float) -> None:
+            ledger.lost_run(job, epoch, now, why, began=began)
+            self._hit.add(job)
+
+        self.post(lose, f"job {job}: {why}")
 
     def progress(self, job: int, epoch: int, done: float, total: float) -> None:
         self.post(
@@ -144,6 +146,7 @@ class Scheduler:
 
     def node_lost(self, node: str, why: str) -> None:
         def lose(ledger: Ledger, now: float) -> list[Instruction]:
+            self._hit.update(job.id for job in ledger.jobs.values() if node in job.devices)
             orders = ledger.node_lost(node, now) if node in ledger.nodes else []
             self._remember_nodes()
             return orders
@@ -321,7 +324,8 @@ class Scheduler:
             return
         snapshot, keys = self.ledger.snapshot(now)
         if keys:
-            self._save_predictions(self.predictor.refresh(snapshot, keys, cause))
+            hit, self._hit = self._hit, set()
+            self._save_predictions(self.predictor.refresh(snapshot, keys, cause, hit))
 
     def _save_predictions(self, predictions: list[Prediction]) -> None:
         """Best effort: a prediction that is not on disk is made again after a restart."""

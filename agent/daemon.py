@@ -325,7 +325,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             "turns": self._turns.status(),
             "domains": {
                 name: {
-                    **self.shell.describe(held.domain),
+                    **held.domain.describe(),
                     "tc": held.tc(),
                     "turns": self._turns.member_status(held.domain),
                 }
@@ -351,7 +351,7 @@ class AgentDaemon(Daemon[AgentConfig]):
         open_flows = list(self.shell.flows.values())[:_RECENT_SHOWN]
         return {
             "domains": {
-                known: {**self.shell.describe(held.domain), "tc": held.tc()}
+                known: {**held.domain.describe(), "tc": held.tc()}
                 for known, held in self._held.items()
                 if name in (None, known)
             },
@@ -368,7 +368,7 @@ class AgentDaemon(Daemon[AgentConfig]):
             "peers": list(section.peers),
             "default": section.name == self.config.default_domain,
             "sequencer": self._turns.member_status(held.domain),
-            "policy": self.shell.describe(held.domain)["policy"],
+            "policy": held.domain.describe()["policy"],
             "rate_bps": held.domain.policy.rate_bps,
             "tc": held.shaper.status() if held.shaper is not None else held.tc(),
         }

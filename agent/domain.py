@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_socket import Application
-from intentd.agent.measure import Meter
+from intentd.agent.measure import Meter, quantiles
 from intentd.core.flows.gate import Release
-from intentd.core.flows.policy import DomainPolicy
+from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 
 WAITING: Final = "waiting"
 SENDING: Final = "sending"
@@ -138,12 +138,47 @@ class Domain:
         """SO_PRIORITY and DSCP of a class; zeros for a class that the policy no longer has."""
         return self.marks[class_index] if class_index < len(self.marks) else _UNMARKED
 
+    def describe(self) -> dict[str, Any]:
+        """Its classes with queues, FCT and wait, for status and `flows`."""
+        meter, policy = self.meter, self.policy
+        queue, active = self.gate.queue_lengths(), self.gate.active()
+        return {
+            "policy": {"name": policy.name, "era": self.number[0], "number": self.number[1]},
+            "rate_bps": policy.rate_bps,
+            "shaped": self.shaped,
+            "classes": [
+                {
+                    "index": index,
+                    "threshold_bytes": finite_threshold(cls),
+                    "weight": cls.weight,
+                    "mpl": cls.mpl,
+                    "order": cls.order,
+                    "sequencing": cls.sequencing,
+                    "waiting": queue[index],
+                    "active": active[index],
+                    **meter.summary(index),
+                }
+                for index, cls in enumerate(policy.classes)
+            ],
+            "arrivals": meter.arrivals,
+            "arrived_bytes": meter.arrived_bytes,
+            "finished": meter.finished,
+            "cancelled": meter.cancelled,
+            "degraded": dict(meter.degraded),
+            "handover_s": quantiles(meter.handover),
+        }
+
     def _set_marks(self) -> None:
         known = len(self.priorities)
         self.marks = [
             (self.priorities[index] if index < known else 0, cls.dscp)
             for index, cls in enumerate(self.policy.classes)
         ]
+
+
+def finite_threshold(cls: ClassPolicy) -> float | None:
+    """As JSON can have it: None for the last class."""
+    return None if cls.threshold_bytes == float("inf") else cls.threshold_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from intentd.agent import app_protocol as wire
-from intentd.agent.domain import WAITING, FlowRecord
-from intentd.core.flows.policy import ClassPolicy, DomainPolicy
+from intentd.agent.domain import WAITING, FlowRecord, finite_threshold
+from intentd.core.flows.policy import DomainPolicy
 
 
 def explain(record: FlowRecord, now: float) -> dict[str, Any]:
@@ -92,7 +92,3 @@ def _alternatives(record: FlowRecord, policy: DomainPolicy) -> list[dict[str, An
             }
         )
     return rows
-
-
-def finite_threshold(cls: ClassPolicy) -> float | None:
-    return None if cls.threshold_bytes == float("inf") else cls.threshold_bytes

@@ -23,9 +23,9 @@ from intentd.agent.app_protocol import FromApplication, ProtocolError
 from intentd.agent.app_socket import Application
 from intentd.agent.board import Board
 from intentd.agent.domain import SENDING, WAITING, Domain, FlowRecord, Route
-from intentd.agent.explain import explain, finite_threshold
+from intentd.agent.explain import explain
 from intentd.agent.marking import Marked
-from intentd.agent.measure import Meter, quantiles
+from intentd.agent.measure import Meter
 from intentd.core.errors import InputError
 from intentd.core.flows.gate import GateFullError, Release
 from intentd.core.flows.policy import DomainPolicy
@@ -559,36 +559,6 @@ class GateShell:
             part["active"] = domain.gate.active()
             body[name] = part
         return body
-
-    def describe(self, domain: Domain) -> dict[str, Any]:
-        """A domain's classes with queues, FCT and wait, for status and `flows`."""
-        meter, policy = domain.meter, domain.policy
-        queue, active = domain.gate.queue_lengths(), domain.gate.active()
-        return {
-            "policy": {"name": policy.name, "era": domain.number[0], "number": domain.number[1]},
-            "rate_bps": policy.rate_bps,
-            "shaped": domain.shaped,
-            "classes": [
-                {
-                    "index": index,
-                    "threshold_bytes": finite_threshold(cls),
-                    "weight": cls.weight,
-                    "mpl": cls.mpl,
-                    "order": cls.order,
-                    "sequencing": cls.sequencing,
-                    "waiting": queue[index],
-                    "active": active[index],
-                    **meter.summary(index),
-                }
-                for index, cls in enumerate(policy.classes)
-            ],
-            "arrivals": meter.arrivals,
-            "arrived_bytes": meter.arrived_bytes,
-            "finished": meter.finished,
-            "cancelled": meter.cancelled,
-            "degraded": dict(meter.degraded),
-            "handover_s": quantiles(meter.handover),
-        }
 
     def find(self, flow: int) -> FlowRecord | None:
         """A flow that is open or ended not long ago."""

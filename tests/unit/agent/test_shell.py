@@ -374,4 +374,4 @@ def test_the_report_is_bounded_and_plain(host: Host) -> None:
     assert part["queue"] == part["active"] == [0, 0]
     assert part["histogram"]["max"] == 3000.0
     assert host.shell.report()["up"]["sample"] == []
-    assert host.shell.describe(host.domain)["classes"][0]["fct_s"]["count"] == 3000
+    assert host.domain.describe()["classes"][0]["fct_s"]["count"] == 3000

@@ -1,7 +1,7 @@
 """The controller's HTTP routes, read only, beside the kit's on the status endpoint.
 
 /api/members, /api/policies, /api/policies/{number}, /api/domains, /api/flows, /api/jobs,
-/api/jobs/front: JSON for programs. Policies take application=jobs.
+/api/jobs/front, /api/prompts: JSON for programs. Policies take application=jobs or prompts.
 /console/... belongs to the operator's console; nothing else may be mounted there.
 """
 
@@ -30,6 +30,8 @@ class Source(Protocol):
 
     def front_page(self) -> dict[str, Any]: ...
 
+    def prompts_page(self) -> dict[str, Any]: ...
+
     def domains_page(self) -> dict[str, Any]: ...
 
     def flows_page(self, domain: str | None) -> dict[str, Any]: ...
@@ -49,6 +51,7 @@ class Api:
         app.router.add_get("/api/flows", self._flows)
         app.router.add_get("/api/jobs", self._jobs)
         app.router.add_get("/api/jobs/front", self._front)
+        app.router.add_get("/api/prompts", self._prompts)
 
     async def _members(self, _request: web.Request) -> web.Response:
         return json_response({"members": self._source.members()})
@@ -75,6 +78,9 @@ class Api:
     async def _jobs(self, _request: web.Request) -> web.Response:
         return json_response(self._source.jobs_page())
 
+    async def _prompts(self, _request: web.Request) -> web.Response:
+        return json_response(self._source.prompts_page())
+
     async def _front(self, _request: web.Request) -> web.Response:
         try:
             return json_response(self._source.front_page())
@@ -84,6 +90,6 @@ class Api:
 
 def _application(request: web.Request) -> str:
     name = request.query.get("application", "flows")
-    if name not in ("flows", "jobs"):
-        raise InputError("application", name[:40], "flows or jobs")
+    if name not in ("flows", "jobs", "prompts"):
+        raise InputError("application", name[:40], "flows, jobs or prompts")
     return name

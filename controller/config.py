@@ -14,6 +14,8 @@ from intentd.core.flows.learning import LearnSettings
 from intentd.core.jobs.history import HistorySettings
 from intentd.core.jobs.metrics import parse_objectives
 from intentd.core.jobs.policy import NAMES
+from intentd.core.prompts.money import parse_dollars
+from intentd.core.prompts.steering import Intent
 from intentd.daemons.kit.config import (
     CommonConfig,
     Duration,
@@ -239,6 +241,69 @@ SEARCH_SETTINGS: Final = (
 )  # fmt: skip
 
 
+class IntentSection(Section):
+    """What is wanted of one service type of the proxies."""
+
+    service_type: str = Field(
+        default="", description="Name of the service type; empty: all together (daily alone)."
+    )
+    quality: float | None = Field(
+        default=None,
+        description="At least this, at least cost: 1 to 10 by the verifier and ratings for verify "
+        "cascades, 0 to 1 (less the loss against the dear model) for agree and route.",
+        ge=0,
+        le=10,
+    )
+    daily: str = Field(default="", description='At most so many dollars a day, as text: "2.50".')
+
+    @model_validator(mode="after")
+    def _check(self) -> IntentSection:
+        self.intent()
+        return self
+
+    def intent(self) -> Intent:
+        daily = parse_dollars(self.daily, "daily") if self.daily else None
+        return Intent(self.service_type, self.quality, daily)
+
+
+class PromptsSection(Section):
+    """Prompts of language models: what is wanted, and how outcomes are weighed."""
+
+    intents: tuple[IntentSection, ...] = Field(
+        default=(), description="What is wanted, by service type."
+    )
+    daily: str = Field(
+        default="",
+        description="All proxies together spend at most so many dollars a day (UTC), as text. Each "
+        "proxy's ledger holds it exactly; several proxies hold it together on one PostgreSQL.",
+    )
+    interval_s: Duration = Field(
+        default=10.0, description="Seconds between two computations.", gt=0, le=86_400
+    )
+    half_life_s: Duration = Field(
+        default=86_400.0, description="After so long an outcome counts for half.", gt=0
+    )
+    min_outcomes: float = Field(
+        default=100.0, description="Outcomes of a service type before its threshold moves.", ge=1
+    )
+    cooldown_s: Duration = Field(
+        default=5.0, description="Cooldown of a model that begins to fail; doubles.", gt=0
+    )
+    max_cooldown_s: Duration = Field(default=60.0, description="Longest cooldown.", gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptsSection:
+        self.daily_nano()
+        names = [section.service_type for section in self.intents]
+        for index, name in enumerate(names):
+            if not name or name in names[:index]:
+                raise ConfigError(f"intents[{index}].service_type", name, "a name used once")
+        return self
+
+    def daily_nano(self) -> int | None:
+        return parse_dollars(self.daily, "daily") if self.daily else None
+
+
 class ControllerConfig(CommonConfig):
     """Everything in controller.toml."""
 
@@ -247,3 +312,6 @@ class ControllerConfig(CommonConfig):
     hub: HubSection = Field(default=HubSection(), description="Where members connect.")
     flows: FlowsSection = Field(default=FlowsSection(), description="Scheduling of network flows.")
     jobs: JobsSection = Field(default=JobsSection(), description="Scheduling of GPU jobs.")
+    prompts: PromptsSection = Field(
+        default=PromptsSection(), description="Quality and cost of language-model prompts."
+    )

@@ -1,7 +1,8 @@
 """intentd-controller: who is there, what they measure, what they shall do.
 
-A thin shell: the link's callbacks feed the registry and the applications (flows, jobs), timers let
-them compute, what they issue is published. HTTP: /api/... (read only) beside the kit's endpoints.
+A thin shell: the link's callbacks feed the registry and the applications (flows, jobs, prompts),
+timers let them compute, what they issue is published. HTTP: /api/... (read only) beside the kit's
+endpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Final
 
 from aiohttp import web
 
-from intentd.controller import flows_app, jobs_app
+from intentd.controller import flows_app, jobs_app, prompts_app
 from intentd.controller.api import Api
 from intentd.controller.application import ApplicationTimers
 from intentd.controller.config import ControllerConfig
@@ -22,10 +23,12 @@ from intentd.controller.jobs_admin import JobsAdmin, author_of, integer, only
 from intentd.controller.jobs_app import JobsApplication
 from intentd.controller.metrics import ControllerMetrics
 from intentd.controller.policies import MIGRATIONS, PolicyBook, StoredPolicy
+from intentd.controller.prompts_app import PromptsApplication
 from intentd.controller.registry import Registry, member_plain
 from intentd.core.errors import InputError
 from intentd.core.flows.reports import domain_reports
 from intentd.core.messages import PolicyAck, Report
+from intentd.core.prompts import steering
 from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.hub import HubLink, Member
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
@@ -36,7 +39,7 @@ _log = logging.getLogger(__name__)
 STORE: Final = "controller.sqlite3"
 WITNESS: Final = "controller.newest"
 PROBE_INTERVAL_S: Final = 10.0
-APPLICATIONS: Final = (flows_app.APPLICATION, jobs_app.APPLICATION)
+APPLICATIONS: Final = (flows_app.APPLICATION, jobs_app.APPLICATION, prompts_app.APPLICATION)
 
 
 class Controller(Daemon[ControllerConfig]):
@@ -61,9 +64,11 @@ class Controller(Daemon[ControllerConfig]):
         self._store: Store | None = None
         self._flows: FlowsApplication | None = None
         self._jobs: JobsApplication | None = None
+        self._prompts: PromptsApplication | None = None
         self._book: PolicyBook | None = None
         self._timers: ApplicationTimers[Any, Any, Any, Any] | None = None
         self._jobs_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
+        self._prompts_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -77,6 +82,7 @@ class Controller(Daemon[ControllerConfig]):
             differences={
                 flows_app.APPLICATION: flows_app.differences,
                 jobs_app.APPLICATION: jobs_app.differences,
+                prompts_app.APPLICATION: steering.differences,
             },
         )
         self._flows = FlowsApplication(
@@ -102,13 +108,23 @@ class Controller(Daemon[ControllerConfig]):
             thresholds_interval_s=config.jobs.history_interval_s,
             rates_interval_s=config.jobs.history_interval_s,
         )
-        for newest in (self._flows.newest, self._jobs.newest):
+        self._prompts = PromptsApplication(
+            config.prompts, kit.clock, self._store, self._book, on_issue=self._issued
+        )
+        self._prompts_timers = ApplicationTimers(
+            self._prompts,
+            kit.clock,
+            thresholds_interval_s=config.prompts.interval_s,
+            rates_interval_s=config.prompts.interval_s,
+        )
+        for newest in (self._flows.newest, self._jobs.newest, self._prompts.newest):
             if newest is not None:
                 self.hub.publish(newest.message())
         await self.hub.start(tasks)
         tasks.create_task(self._timers.run(), name="flows-timers")
         tasks.create_task(self._jobs_timers.run(), name="jobs-timers")
         tasks.create_task(self._jobs.run(), name="jobs-search")
+        tasks.create_task(self._prompts_timers.run(), name="prompts-timers")
         tasks.create_task(self._watch(), name="watch")
 
     async def reload(self, config: ControllerConfig) -> None:
@@ -126,6 +142,14 @@ class Controller(Daemon[ControllerConfig]):
             thresholds_interval_s=config.jobs.history_interval_s,
             rates_interval_s=config.jobs.history_interval_s,
         )
+
+        async with self.prompts_timers.lock:
+            self.prompts.reconfigure(config.prompts)
+        self.prompts_timers.set_intervals(
+            thresholds_interval_s=config.prompts.interval_s,
+            rates_interval_s=config.prompts.interval_s,
+        )
+        self.prompts_timers.wake()
 
     async def stop(self) -> None:
         await self.hub.stop()
@@ -149,6 +173,16 @@ class Controller(Daemon[ControllerConfig]):
     def jobs_timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
         assert self._jobs_timers is not None, "before start"
         return self._jobs_timers
+
+    @property
+    def prompts(self) -> PromptsApplication:
+        assert self._prompts is not None, "before start"
+        return self._prompts
+
+    @property
+    def prompts_timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
+        assert self._prompts_timers is not None, "before start"
+        return self._prompts_timers
 
     @property
     def book(self) -> PolicyBook:
@@ -186,8 +220,11 @@ class Controller(Daemon[ControllerConfig]):
     # -- the link ------------------------------------------------------------------------------
 
     def _hello(self, member: Member) -> None:
-        if self.registry.hello(member) and member.role == "agent":
-            self.flows.member_restarted(member.key)
+        if self.registry.hello(member):
+            if member.role == "agent":
+                self.flows.member_restarted(member.key)
+            elif member.role == "proxy":
+                self.prompts.member_restarted(member.key)
         self._compare_numbers(member)
         try:
             if member.role == "agent":
@@ -204,6 +241,11 @@ class Controller(Daemon[ControllerConfig]):
         if "jobs" in report.body and member.role == "gpu":
             try:
                 self.jobs.take_report(member.key, report.body["jobs"])
+            except InputError as error:
+                self._bad(member, error)
+        if "prompts" in report.body and member.role == "proxy":
+            try:
+                self.prompts.take_report(member.key, report.body["prompts"])
             except InputError as error:
                 self._bad(member, error)
         if "flows" not in report.body or member.role != "agent":
@@ -226,7 +268,7 @@ class Controller(Daemon[ControllerConfig]):
         self.flows.member_gone(member.key)
 
     def _compare_numbers(self, member: Member) -> None:
-        for application in (self.flows, self.jobs):
+        for application in (self.flows, self.jobs, self.prompts):
             numbers = member.policies.get(application.name)
             if numbers is not None:
                 application.seen(numbers[0], numbers[1], f"{member.role}@{member.name}")
@@ -259,6 +301,7 @@ class Controller(Daemon[ControllerConfig]):
             "members": self.members(),
             "domains": [self.flows.describe(name) for name in sorted(self.flows.domains)],
             "jobs": self.jobs.describe(),
+            "prompts": self.prompts.describe(),
         }
 
     def members(self) -> list[dict[str, Any]]:
@@ -283,7 +326,7 @@ class Controller(Daemon[ControllerConfig]):
 
     def policy(self, number: int | None, application: str = APPLICATION) -> dict[str, Any]:
         """One policy whole, with who runs it; None: the newest. Raises InputError."""
-        newest = self.jobs.newest if application == jobs_app.APPLICATION else self.flows.newest
+        newest = self._applied(application)[0].newest
         found = newest if number is None else self.book.get(application, number)
         if found is None:
             raise InputError("number", number, "a policy: none was issued yet")
@@ -312,6 +355,9 @@ class Controller(Daemon[ControllerConfig]):
     def jobs_page(self) -> dict[str, Any]:
         return self.jobs.describe()
 
+    def prompts_page(self) -> dict[str, Any]:
+        return self.prompts.describe()
+
     def front_page(self) -> dict[str, Any]:
         return self.jobs.show_front()
 
@@ -336,9 +382,12 @@ class Controller(Daemon[ControllerConfig]):
                     None if number is None else integer(args, "number", 0), _application(args)
                 )
             case "policy_set":
-                only(args, "document", "author")
-                async with self.timers.lock:
-                    issued = await self.flows.set_policy(
+                only(args, "document", "author", "application")
+                application, timers = self._applied(_application(args))
+                if isinstance(application, JobsApplication):
+                    raise InputError("application", application.name, "flows or prompts")
+                async with timers.lock:
+                    issued = await application.set_policy(
                         args.get("document"), author=author_of(args)
                     )
                 return {"issued": None if issued is None else issued.to_plain(whole=False)}
@@ -356,6 +405,9 @@ class Controller(Daemon[ControllerConfig]):
                     released = await application.release()
                 timers.wake()
                 return {"released": released}
+            case "prompts":
+                only(args)
+                return self.prompts.describe()
         if command.startswith("pareto_"):
             return await JobsAdmin(self.jobs).answer(command, args)
         raise AdminRefusedError(
@@ -364,7 +416,12 @@ class Controller(Daemon[ControllerConfig]):
 
     def _applied(
         self, application: str
-    ) -> tuple[FlowsApplication | JobsApplication, ApplicationTimers[Any, Any, Any, Any]]:
+    ) -> tuple[
+        FlowsApplication | JobsApplication | PromptsApplication,
+        ApplicationTimers[Any, Any, Any, Any],
+    ]:
+        if application == prompts_app.APPLICATION:
+            return self.prompts, self.prompts_timers
         if application == jobs_app.APPLICATION:
             return self.jobs, self.jobs_timers
         return self.flows, self.timers

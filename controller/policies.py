@@ -52,6 +52,7 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE TABLE chosen (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
     """,
+    "CREATE TABLE intents (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;",
 )
 
 

@@ -19,6 +19,8 @@ from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.core.prompts.budgets import BudgetRule
 from intentd.core.prompts.health import HealthState
 from intentd.core.prompts.models import ModelPool
+from intentd.core.prompts.service_types import ServiceType
+from intentd.core.prompts.steering import PromptsPolicy, policy_from_plain
 from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
@@ -35,6 +37,7 @@ from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.server import Api
 from intentd.proxy.service import offered_types
 from intentd.proxy.state import open_state
+from intentd.proxy.steered import NOTHING, budget_rules, steered_types, with_rules
 from intentd.proxy.store.base import State
 
 _log = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self._site: web.TCPSite | None = None
         self._link: MemberLink | None = None
         self._lock: int | None = None
+        self._own: tuple[dict[str, ServiceType], dict[str, tuple[BudgetRule, ...]]] = ({}, {})
+        self._steering = NOTHING
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         config, kit = self.config, self.kit
@@ -229,14 +234,15 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         for budget in config.budgets:
             unit, limit = budget_limit(budget.unit, budget.limit)
             shared[budget.scope].append(BudgetRule(budget.scope, unit, limit, budget.period))
+        own_rules = {scope: tuple(rules) for scope, rules in shared.items()}
         api.engine.set_pool(upstreams, config.upstream)
-        api.engine.shared_budgets = {scope: tuple(rules) for scope, rules in shared.items()}
         api.driver.pool = ModelPool(model.spec() for model in config.models)
         if self._state is not None:
             self._state.reload(config)
-        api.types = offered_types(config.service_types)
         api.log.most = config.records.recent
         api.config = config
+        self._own = (offered_types(config.service_types), own_rules)
+        self._steer(api, self._steering)
 
     async def _listen(self, api: Api) -> None:
         bind = self.config.listen.bind
@@ -303,24 +309,34 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         }
 
     def _report(self) -> dict[str, Any]:
-        """What the controller hears: counts since boot, by model, service type and outcome."""
-        api = self.api
-        if api is None:
-            return {}
-        metrics = api.metrics
-        return {
-            "requests": [[*key, count] for key, count in metrics.requests.items()],
-            "tokens": [[*key, count] for key, count in metrics.tokens.items()],
-            "cost_nano": dict(metrics.cost_nano),
-            "retries": metrics.retries,
-            "feedback": [[*key, count] for key, count in metrics.feedback.items()],
-        }
+        """What the controller hears: sums since boot, by service type and model."""
+        return self.api.outcomes.report() if self.api is not None else {}
 
     def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:
-        return PolicyAck(
-            policy.application, policy.era, policy.number, applied=False,
-            reason="this proxy takes no policies yet",
-        )  # fmt: skip
+        """Apply a policy of the prompts application, whole or not at all. Raises InputError."""
+        if policy.application != "prompts":
+            return PolicyAck(
+                policy.application, policy.era, policy.number, applied=False,
+                reason="a proxy takes policies of prompts",
+            )  # fmt: skip
+        wanted = policy_from_plain(policy.body)
+        budget_rules(wanted)
+        if self.api is not None:
+            self._steer(self.api, wanted)
+            self.api.policy = [policy.era, policy.number]
+        self._steering = wanted
+        return PolicyAck(policy.application, policy.era, policy.number, applied=True)
+
+    def _steer(self, api: Api, policy: PromptsPolicy) -> None:
+        """Thresholds, budgets and cooldowns of a policy over those of the configuration."""
+        types, rules = self._own
+        api.types = steered_types(types, policy)
+        api.outcomes.types = api.types
+        api.engine.shared_budgets = with_rules(rules, policy)
+        for model in api.engine.models.values():
+            model.health.cooldown_s = policy.cooldowns_s.get(
+                model.name, api.config.upstream.cooldown_s
+            )
 
 
 def lock_state(state_dir: Path) -> int:

@@ -39,6 +39,7 @@ from intentd.proxy.feedback import Feedback, FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.reading import Reading, RequestLog
+from intentd.proxy.reports import OutcomeCounter
 from intentd.proxy.responses import Continuation
 from intentd.proxy.service import FIXED, quota_rules, restricted
 from intentd.proxy.store.base import State, Turn
@@ -92,6 +93,8 @@ class Api:
         self.idle.set()
         self.draining = False
         self.policy: list[int] | None = None
+        self.outcomes = OutcomeCounter()
+        feedback.subscribers.append(self.outcomes.heard)
         self._kit_metrics = kit_metrics
         self._clock = clock
         self.log = RequestLog(state.books, config.records.recent)
@@ -254,6 +257,7 @@ class Api:
         outcome = exchange.outcome or "ok"
         exchange.outcome = outcome
         self.metrics.finished(exchange.model, exchange.service_type, outcome, exchange.total_s)
+        self.outcomes.finished(exchange)
         self.log.keep(exchange)
 
     def _error(self, exchange: Exchange, error: ApiError) -> web.Response:

@@ -45,8 +45,8 @@ ROUNDS: Final = 200
 SET_WEIGHT: Final = 4000.0
 EDIT_WEIGHT: Final = 2000.0
 BALANCED_AT: Final = 0.03
-BALANCING_ROUNDS: Final = 3
-MOST_PENALTY: Final = 8.0
+BALANCING_ROUNDS: Final = 4
+MOST_PENALTY: Final = 24.0
 # below so many queries a threshold at 3 % is a matter of a few texts
 ENOUGH_HELD: Final = 500
 SMALL_SET_PENALTY: Final = 1.5
@@ -313,7 +313,8 @@ def fit_gate(
     say("fitting all")
     idf = _idf(train)
     booster = _part_of(train, embed, idf, seed).fit(penalties)
-    chosen = {"folds": FOLDS, **report(measured, threshold)}
+    weights = {name: round(weight, 2) for name, weight in penalties.items()}
+    chosen = {"folds": FOLDS, "false_hits_weigh": weights, **report(measured, threshold)}
     return GateModel(tree_arrays(booster), idf, threshold), chosen
 
 

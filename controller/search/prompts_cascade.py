@@ -6,8 +6,9 @@ measure of quality), or cheap models whose recorded answers are compared with th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -40,6 +41,7 @@ class Replay:
     cost_first: Array
     cost_second: Array
     features: Array
+    prompts: tuple[str, ...] = ()
 
     def part(self, rows: npt.NDArray[Any]) -> Replay:
         return Replay(
@@ -55,7 +57,7 @@ def replay_of(
     rows: Sequence[Mapping[str, Any]], first: str, verifiers: Sequence[str], second: str
 ) -> Replay:
     """Rows in which all named models answered. Raises InputError naming an unknown model."""
-    table, features = [], []
+    table, features, prompts = [], [], []
     for row in rows:
         models = row.get("models", {})
         if any(models.get(name, {}).get("score") is None for name in (first, second, *verifiers)):
@@ -66,10 +68,14 @@ def replay_of(
         dear = float(models[second].get("cost_usd") or 0.0)
         scores = float(models[first]["score"]), float(models[second]["score"])
         table.append((*scores, cheap, dear))
+        prompts.append(f"{row.get('dataset')}/{row.get('prompt_id')}")
     if not table:
         raise InputError("models", (first, *verifiers, second), "models recorded in the files")
     columns = np.array(table).T
-    return Replay(columns[0], columns[1], columns[2], columns[3], np.array(features))
+    first_quality, second_quality, cheap_cost, dear_cost = columns
+    return Replay(
+        first_quality, second_quality, cheap_cost, dear_cost, np.array(features), tuple(prompts)
+    )
 
 
 def _answered(model: Mapping[str, Any]) -> Answered:
@@ -136,6 +142,59 @@ def fit_cascade(
     chosen = score_cascade(doubt >= threshold, replay, seed=seed)
     kept = {key: chosen[key] for key in ("n", "loss", "cost_share", "escalated")}
     return TrainedCascade(fit_agreement(replay), threshold), {"folds": FOLDS, **kept}
+
+
+def choose_compared(
+    rows: Sequence[Mapping[str, Any]],
+    first: str,
+    candidates: Sequence[str],
+    second: str,
+    *,
+    most: int = 2,
+    max_loss: float,
+    seed: int = 0,
+) -> tuple[tuple[str, ...], TrainedCascade, dict[str, Any]]:
+    """Which cheap models to compare with: the cheapest cascade within max_loss, by folds of rows.
+
+    Every set of up to `most` candidates is tried. Raises InputError when none has a price.
+    """
+    best: tuple[float, tuple[str, ...], TrainedCascade, dict[str, Any]] | None = None
+    for size in range(1, most + 1):
+        for compared in itertools.combinations(candidates, size):
+            replay = replay_of(rows, first, compared, second)
+            model, chosen = fit_cascade(replay, max_loss=max_loss, seed=seed)
+            share = chosen["cost_share"]
+            if share is not None and (best is None or share < best[0]):
+                best = (share, compared, model, chosen)
+    if best is None:
+        raise InputError("candidates", tuple(candidates), "models with recorded costs")
+    _, compared, model, chosen = best
+    return compared, replace(model, first=first, compared=compared, second=second), chosen
+
+
+def pooled_loss(
+    lost: Mapping[str, Array], prompts: Mapping[str, Sequence[str]], *, draws: int = 2000, seed: int
+) -> dict[str, Any]:
+    """Mean loss over several cascades, with its interval.
+
+    lost: cascade -> quality lost by prompt. prompts: cascade -> which prompts, since cascades on
+    the same ones are not independent: prompts are drawn with replacement, with all they are in.
+    """
+    table: dict[str, list[float]] = {}
+    for name, values in lost.items():
+        for prompt, value in zip(prompts[name], values.tolist(), strict=True):
+            table.setdefault(prompt, []).append(value)
+    sums = np.array([sum(values) for values in table.values()])
+    counts = np.array([len(values) for values in table.values()])
+    rows = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    means = sums[rows].sum(axis=1) / counts[rows].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean_loss": round(float(sums.sum() / counts.sum()), 4),
+        "mean_loss_95": [round(float(low), 4), round(float(high), 4)],
+        "answers": int(counts.sum()),
+        "prompts": len(sums),
+    }
 
 
 def score_cascade(

@@ -20,7 +20,7 @@ from intentd.daemons.ctl.reach import admin_client
 app = typer.Typer(help="Policies: list, show, set, roll back, release.", no_args_is_help=True)
 
 MAX_FILE_BYTES: Final = 1 << 20
-ApplicationOption = Annotated[str, typer.Option("--application", help="flows or jobs.")]
+ApplicationOption = Annotated[str, typer.Option("--application", help="flows, jobs or prompts.")]
 
 
 @app.callback()
@@ -79,7 +79,9 @@ def show(
     )
     for line in plain["changes"]:
         print(f"  {line}")
-    if application != "flows":
+    if application == "prompts":
+        show_prompts(plain)
+    elif application != "flows":
         print_table(("", ""), [(k, v) for k, v in plain["body"].items() if v not in ({}, [])])
     for row in plain["body"].get("domains", ()):
         inputs = plain["inputs"].get("domains", {}).get(row["domain"], {})
@@ -105,6 +107,41 @@ def show(
         print(f"refused by {refusal['member']}: {refusal['reason']}")
 
 
+def show_prompts(plain: dict[str, Any]) -> None:
+    """Thresholds with what was expected of them and what else was possible; the rest as it is."""
+    body, inputs = plain["body"], plain["inputs"]
+    for row in body["service_types"]:
+        why = inputs.get("service_types", {}).get(row["name"], {})
+        print(f"\n{row['name']}: {row['strategy']} threshold {row['threshold']:g}")
+        if why:
+            print(f"  {why['because']} ({why['outcomes']:.0f} outcomes)")
+            print_table(
+                (
+                    "threshold",
+                    "quality",
+                    "at least (90 %)",
+                    "asks the dear model",
+                    "cost a request",
+                ),
+                [
+                    (
+                        f"{option['threshold']:g}" + (" *" if option == why["expected"] else ""),
+                        f"{option['quality']:.3f}",
+                        f"{option['quality_low']:.3f}",
+                        f"{option['escalated']:.1%}",
+                        "?"
+                        if option["cost_nano"] is None
+                        else f"{option['cost_nano'] / 1e9:.6f} $",
+                    )
+                    for option in why["options"]
+                ],
+            )
+    for row in body["models"]:
+        print(f"{row['name']}: cooldown {row['cooldown_s']:g} s")
+    for row in body["budgets"]:
+        print(f"{row['scope']}: at most {row['limit']} {row['unit']} a {row['period']}")
+
+
 @app.command("set")
 def set_policy(
     file: Annotated[
@@ -112,26 +149,37 @@ def set_policy(
         typer.Argument(help="TOML or JSON with a domain's policy or settings; - stdin."),
     ] = None,
     domain: Annotated[str, typer.Option(help="Domain, when settings are given as options.")] = "",
+    service_type: Annotated[
+        str, typer.Option(help="With --application prompts: whose quality or daily bound.")
+    ] = "",
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value, such as policy=2d-boost or mpl=[2,1]; repeatable."),
     ] = None,
     reset: Annotated[bool, typer.Option(help="Back to the controller's configuration.")] = False,
+    application: ApplicationOption = "flows",
     as_json: JsonOption = False,
 ) -> None:
-    """Set a domain's settings, or pin a whole policy; refused whole with the path when wrong."""
+    """Set a domain's settings, or pin a whole policy; refused whole with the path when wrong.
+
+    With --application prompts what is wanted: --service-type NAME --set quality=8.5 --set
+    daily='"2.50"', or --set daily='"10"' for all service types together.
+    """
     document = read_document(file) if file is not None else {}
-    if file is None and not domain:
+    if application == "prompts":
+        domain = ""
+    if file is None and not (domain or application == "prompts"):
         raise InputError("FILE, --domain", "neither", "one of them")
-    if domain or setting or reset:
-        if "domains" in document:
-            raise InputError("--domain", domain, "no options beside a file of several domains")
+    if domain or service_type or setting or reset:
+        if "domains" in document or "intents" in document:
+            raise InputError("--domain", domain, "no options beside a file of several tables")
         document = document | ({"domain": domain} if domain else {})
+        document |= {"service_type": service_type} if service_type else {}
         document |= dict(key_value(text) for text in setting or ())
         if reset:
             document["reset"] = True
     answer = admin_client("controller").call(
-        "policy_set", document=document, author=getpass.getuser()
+        "policy_set", document=document, application=application, author=getpass.getuser()
     )
     _tell(answer, as_json)
 

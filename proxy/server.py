@@ -38,6 +38,7 @@ from intentd.proxy.errors import ApiError, bad_field, from_input_error, no_answe
 from intentd.proxy.feedback import Feedback, FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.outgoing import Gone, WholeResponse
 from intentd.proxy.reading import Reading, RequestLog
 from intentd.proxy.reports import OutcomeCounter
 from intentd.proxy.responses import Continuation
@@ -175,7 +176,7 @@ class Api:
         except ConnectionError:
             exchange.outcome = "left"
             exchange.status = 499
-            raise
+            return Gone()
         except Exception:  # noqa: BLE001  one bad request must not end the daemon
             self._kit_metrics.errors.labels("proxy").inc()
             _log.exception("request failed", extra={"request": exchange.request_id})
@@ -260,23 +261,19 @@ class Api:
         self.outcomes.finished(exchange)
         self.log.keep(exchange)
 
-    def _error(self, exchange: Exchange, error: ApiError) -> web.Response:
+    def _error(self, exchange: Exchange, error: ApiError) -> WholeResponse:
         exchange.status = error.status
         headers = answer_headers(exchange)
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return web.Response(
-            status=error.status,
-            body=orjson.dumps(
-                anthropic.error_document(error)
-                if exchange.path.startswith(MESSAGES)
-                else error.document()
-            ),
-            headers=headers,
-            content_type="application/json",
+        document = (
+            anthropic.error_document(error)
+            if exchange.path.startswith(MESSAGES)
+            else error.document()
         )
+        return WholeResponse(orjson.dumps(document), headers, error.status)
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -394,10 +391,8 @@ class Api:
         if dialect is not CHAT:
             usage = answer.usage or guessed_usage(call, len(answer.raw))
             return json_response(dialect.document(answer.value, usage, call, exchange), exchange)
-        return web.Response(
-            body=with_metadata(answer.raw, answer.value, exchange),
-            headers=answer_headers(exchange),
-            content_type="application/json",
+        return WholeResponse(
+            with_metadata(answer.raw, answer.value, exchange), answer_headers(exchange)
         )
 
     async def _request(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:

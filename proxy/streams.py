@@ -19,6 +19,7 @@ from intentd.proxy.dialects.openai_chat import CHAT, chat_end
 from intentd.proxy.driver import with_cost
 from intentd.proxy.engine import Attempt, Engine
 from intentd.proxy.errors import ApiError
+from intentd.proxy.outgoing import EventStream, WholeResponse
 
 
 class Relaying(Protocol):
@@ -54,10 +55,7 @@ async def pass_stream(
             )
         )
         try:
-            while events := await stream.read():
-                data = relay.take(events)
-                if data:
-                    await response.write(data)
+            await stream.forward(relay.take, response)
         except UpstreamError as error:
             attempt.failed(error, relay.size_bytes)
             exchange.outcome = f"upstream_{error.kind}"
@@ -85,7 +83,7 @@ class Sink:
         self._call = call
         self._exchange = exchange
         self._renderer = dialect.renderer(call, exchange)
-        self._response: web.StreamResponse | None = None
+        self._response: EventStream | None = None
         self._streamed = False
         self._last: Event | None = None
 
@@ -104,10 +102,7 @@ class Sink:
             self._streamed = True
             relay = RenderRelay(engine.clock, call, exchange, attempt, self._renderer, builder)
             try:
-                while events := await stream.read():
-                    data = relay.take(events)
-                    if data:
-                        await response.write(data)
+                await stream.forward(relay.take, response)
             except UpstreamError as error:
                 attempt.failed(error, relay.size_bytes)
                 return CallFailed(call.model, str(error), 502, started=True, retryable=False)
@@ -151,7 +146,7 @@ class Sink:
         await response.write_eof()
         return response
 
-    async def _open(self) -> web.StreamResponse:
+    async def _open(self) -> EventStream:
         if self._response is None:
             exchange = self._exchange
             exchange.first_token_s = self._engine.clock.now() - exchange.started_s
@@ -321,13 +316,11 @@ def with_metadata(raw: bytes, value: dict[str, Any], exchange: Exchange) -> byte
     return body[:-1] + comma + b'"intentd":' + exchange.encode() + b"}"
 
 
-def stream_response(exchange: Exchange) -> web.StreamResponse:
+def stream_response(exchange: Exchange) -> EventStream:
     headers = answer_headers(exchange)
     headers["Cache-Control"] = "no-cache"
     headers["X-Accel-Buffering"] = "no"
-    response = web.StreamResponse(headers=headers)
-    response.content_type = "text/event-stream"
-    return response
+    return EventStream(headers)
 
 
 def broken_stream(exchange: Exchange, error: UpstreamError) -> ApiError:
@@ -340,7 +333,5 @@ def broken_stream(exchange: Exchange, error: UpstreamError) -> ApiError:
     )
 
 
-def json_response(value: Any, exchange: Exchange) -> web.Response:
-    return web.Response(
-        body=orjson.dumps(value), headers=answer_headers(exchange), content_type="application/json"
-    )
+def json_response(value: Any, exchange: Exchange) -> WholeResponse:
+    return WholeResponse(orjson.dumps(value), answer_headers(exchange))

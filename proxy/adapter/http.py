@@ -13,6 +13,7 @@ import contextlib
 import re
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -86,6 +87,7 @@ class Connection(asyncio.Protocol):
         self._size = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[], None] | None = None
         self._failure: Exception | None = None
         self._keep = True
         self._whole = False
@@ -144,6 +146,35 @@ class Connection(asyncio.Protocol):
                 self._transport.resume_reading()
         return data
 
+    def take(self) -> bytes | None:
+        """What has come, without waiting; None when nothing has, b"" at the end of the body.
+        Raises as readany."""
+        if self._parts:
+            parts = self._parts
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            self._size = 0
+            return data
+        if self._whole:
+            return b""
+        if self._failure is not None:
+            raise self._failure
+        return None
+
+    def push_to(self, sink: Callable[[], None] | None) -> None:
+        """Have sink called whenever there is something to take, in place of waking a reader."""
+        self._sink = sink
+
+    def hold(self, *, held: bool) -> None:
+        """Stop or go on reading from the provider."""
+        if held != self._paused and not self.closed:
+            self._paused = held
+            with contextlib.suppress(RuntimeError):
+                if held:
+                    self._transport.pause_reading()
+                else:
+                    self._transport.resume_reading()
+
     @property
     def whole(self) -> bool:
         """Whether all of the body has come."""
@@ -161,6 +192,7 @@ class Connection(asyncio.Protocol):
         if self._whole and self._keep and not self.closed and not self._paused:
             self._parts.clear()
             self._failure = None
+            self._sink = None
             self._phase = self.IDLE
             self.idle_since_s = self._loop.time()
             self._pool.give_back(self._key, self)
@@ -168,6 +200,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def close(self) -> None:
+        self._sink = None
         if not self.closed:
             self.closed = True
             self._pool.gone()
@@ -182,6 +215,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._phase == self.TO_END and error is None:
             self._end()
+            if self._sink is not None:
+                self._sink()
         elif not self._whole:
             self._fail(CutError("the provider closed the connection"))
         self.close()
@@ -208,6 +243,9 @@ class Connection(asyncio.Protocol):
             self._fail(error)
             self.close()
             return
+        if self._sink is not None:
+            self._sink()
+            return
         waiter = self._waiter
         if waiter is not None and (self._parts or self._whole):
             self._waiter = None
@@ -231,6 +269,8 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: Exception) -> None:
         if self._failure is None:
             self._failure = error
+        if self._sink is not None:
+            self._sink()
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -323,6 +363,16 @@ class Connection(asyncio.Protocol):
             data = self._rest + data
             self._rest = b""
         place, size = 0, len(data)
+        if not self._left and not self._trailer:  # mostly: one whole chunk
+            start = data.find(b"\r\n", 0, 18) + 2
+            if (
+                start > 2
+                and data.endswith(b"\r\n")
+                and _HEX.match(data[: start - 2])
+                and int(data[: start - 2], 16) == size - start - 2 > 0
+            ):
+                self._add(data[start:-2])
+                return
         while place < size:
             left = self._left
             if left > 2:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -102,7 +102,7 @@ class Answer:
     usage: Usage | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double the cost of making one
 class Event:
     """One event of a stream. value: decoded, None for [DONE]."""
 
@@ -302,6 +302,17 @@ class Upstream:
         return UpstreamError("cut", f"{self.name}: the provider cut the answer", billed=True)
 
 
+class Output(Protocol):
+    """Where a stream is forwarded to. full: it takes more only after drain()."""
+
+    @property
+    def full(self) -> bool: ...
+
+    def put(self, data: bytes) -> None: ...
+
+    async def drain(self) -> None: ...
+
+
 class UpstreamStream:
     """The events of one streamed answer, in the batches they arrive in.
 
@@ -383,11 +394,70 @@ class UpstreamStream:
                 async with asyncio.timeout(0.05):
                     await self._content.readany()
 
+    async def forward(self, take: Callable[[list[Event]], bytes], out: Output) -> None:
+        """Send all that comes on to `out`, as take() words it, until [DONE]. Raises UpstreamError
+        and whatever out raises.
+
+        Events are passed on in the callback that received them: waking this task for each would
+        cost a third of a chunk. It wakes when the client is slow, and at the end.
+        """
+        content, loop = self._content, self._loop
+        woken: asyncio.Future[None] = loop.create_future()
+
+        def receive() -> None:
+            if woken.done():
+                return
+            try:
+                while not self.done and (data := content.take()) is not None:
+                    self._pass_on(self._events(data), take, out)
+                if self.done or out.full:
+                    woken.set_result(None)
+            except Exception as error:  # noqa: BLE001  it is raised where it is waited for
+                woken.set_exception(error)
+
+        try:
+            self._pass_on(await self.read(), take, out)
+            while not self.done:
+                if out.full:
+                    self._reading = False
+                    content.hold(held=True)
+                    await out.drain()
+                    content.hold(held=False)
+                self._since_s = loop.time()
+                self._reading = True
+                woken = loop.create_future()
+                content.push_to(receive)
+                receive()  # what came meanwhile
+                await woken
+        except _FAILURES as error:
+            if isinstance(error, ConnectionError):
+                raise  # the client's
+            raise self._upstream.failed(error) from None
+        finally:
+            self._reading = False
+            content.push_to(None)
+
+    def _pass_on(
+        self, events: list[Event], take: Callable[[list[Event]], bytes], out: Output
+    ) -> None:
+        if events:
+            self._since_s = self._loop.time()
+            data = take(events)
+            if data:
+                out.put(data)
+        if self._failure is not None:
+            raise self._failure
+
     async def _batch(self) -> list[Event]:
         """Events of one read; [] when it completed none."""
         if self._failure is not None:
             raise self._failure
-        data = await self._content.readany()
+        return self._events(await self._content.readany())
+
+    def _events(self, data: bytes) -> list[Event]:
+        """Events that the bytes completed; b"": the end of the body. Raises UpstreamError."""
+        if self._failure is not None:
+            raise self._failure
         try:
             raw = self._splitter.feed(data) if data else self._splitter.finish()
         except WireError as error:

@@ -20,6 +20,7 @@ from intentd.daemons.kit.config import (
     is_loopback,
     split_address,
 )
+from intentd.proxy.config_cache import CacheSection
 from intentd.proxy.service import offered_types
 
 UNKNOWN_WINDOW: Final = 1 << 30
@@ -343,6 +344,7 @@ class ProxyConfig(DaemonConfig):
         default=ConversationsSection(), description="Conversations."
     )
     batch: BatchSection = Field(default=BatchSection(), description="Batches.")
+    cache: CacheSection = Field(default=CacheSection(), description="Stored answers.")
     records: RecordsSection = Field(default=RecordsSection(), description="The request log.")
     store: StoreSection = Field(
         default=StoreSection(), description="Where the state is; a change needs a restart."
@@ -361,7 +363,17 @@ class ProxyConfig(DaemonConfig):
                     raise ConfigError(
                         f"models[{index}].fallbacks[{place}]", name, "another model of the pool"
                     )
-        offered_types(self.service_types)
+        offered_types(
+            self.service_types, cached=self.cache.enabled, semantic=self.cache.semantic != "off"
+        )
+        if self.cache.embedder_model and self.cache.embedder_model not in seen:
+            raise ConfigError(
+                "cache.embedder_model", self.cache.embedder_model, "a model of the pool"
+            )
+        if self.cache.keys_model not in ("", "rules", *seen):
+            raise ConfigError(
+                "cache.keys_model", self.cache.keys_model, "a model of the pool, or rules"
+            )
         host, _ = split_address(self.listen.bind, "listen.bind")
         if not is_loopback(host) and not self.keys.required:
             raise ConfigError(

@@ -31,6 +31,11 @@ class CacheSection(Section):
         description="MiniLM's ONNX file, made at the first use. Empty: in the user's cache "
         "directory.",
     )
+    gate_file: str = Field(
+        default="",
+        description="The second gate, as `intentctl prompts train cache` writes it. Empty: rules, "
+        "which serve less.",
+    )
     max_false_hit: float = Field(
         default=0.01,
         description="Share of served semantic hits that may be wrong; marks and regenerations "

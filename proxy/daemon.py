@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -28,11 +29,15 @@ from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.adapter.http import Connections
 from intentd.proxy.adapter.native import Upstream, open_session
+from intentd.proxy.cache.admin import cache_admin
+from intentd.proxy.cache.part import CachePart
+from intentd.proxy.call import Exchange
 from intentd.proxy.config import ProxyConfig, budget_limit
 from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
+from intentd.proxy.errors import ApiError
 from intentd.proxy.feedback import FeedbackBook
-from intentd.proxy.keys import Keys
+from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.server import Api
 from intentd.proxy.service import offered_types
@@ -42,6 +47,8 @@ from intentd.proxy.store.base import State
 
 _log = logging.getLogger(__name__)
 
+# who pays for what no request asked for, such as vectors of what was stored before
+CACHE_KEY: Final = Key("cache", "cache", "default")
 LOCK_FILE: Final = "proxy.lock"
 GC_THRESHOLD: Final = 20_000
 MAX_SPEND_DAYS: Final = 3660
@@ -62,6 +69,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self._runner: web.ServerRunner | None = None
         self._site: web.TCPSite | None = None
         self._link: MemberLink | None = None
+        self._cache: CachePart | None = None
         self._lock: int | None = None
         self._own: tuple[dict[str, ServiceType], dict[str, tuple[BudgetRule, ...]]] = ({}, {})
         self._steering = NOTHING
@@ -87,8 +95,12 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             Driver(engine, state.turns),
             FeedbackBook(state.feedback_rows, kit.clock, metrics.feedback),
         )
+        if config.cache.enabled:
+            self._cache = self._cache_part(config, state, self.api)
         self._take(config)
         await state.start(tasks, keys.load)
+        if self._cache is not None:
+            await self._cache.start(tasks)
         await self._listen(self.api)
         if config.controller.enabled:
             self._link = MemberLink(
@@ -109,7 +121,13 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             raise ConfigError("upstream.max_connections", "changed", "a restart to change it")
         if config.store != self.config.store:
             raise ConfigError("store", "changed", "a restart to change it")
+        if config.cache.enabled != self.config.cache.enabled:
+            raise ConfigError("cache.enabled", "changed", "a restart to change it")
+        if self._cache is not None:
+            self._cache.check(config.cache)
         self._take(config)
+        if self._cache is not None:
+            self._cache.reload(config.cache)
         if self._link is not None:
             self._link.reconfigure(config.controller)
 
@@ -129,6 +147,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             await self._runner.cleanup()
         if self._session is not None:
             await self._session.close()
+        if self._cache is not None:
+            await self._cache.cache.close()
         if self._state is not None:
             await self._state.close()
         if self._lock is not None:
@@ -167,6 +187,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 }
                 for model in api.engine.models.values()
             },
+            "cache": self._cache.status() if self._cache is not None else None,
             "ledger": {
                 "open_reservations": api.ledger.open_reservations,
                 "recovered": api.ledger.recovered,
@@ -203,6 +224,10 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                     return await self._spend(api, days)
                 case "models":
                     return {"models": self._models(api)}
+            if command.startswith("cache.") and api.cache_api is not None:
+                return await cache_admin(api.cache_api, self._cache, api.keys, command, args)
+        except ApiError as error:
+            raise AdminRefusedError(str(error), "refused") from None
         except InputError as error:
             raise AdminRefusedError(str(error), "bad_request") from None
         except StoreError as error:
@@ -241,8 +266,30 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             self._state.reload(config)
         api.log.most = config.records.recent
         api.config = config
-        self._own = (offered_types(config.service_types), own_rules)
+        cache = self._cache
+        types = offered_types(
+            config.service_types,
+            cached=cache is not None,
+            semantic=cache is not None and cache.cache.has_semantic,
+        )
+        self._own = (types, own_rules)
         self._steer(api, self._steering)
+
+    def _cache_part(self, config: ProxyConfig, state: State, api: Api) -> CachePart:
+        clock, driver = self.kit.clock, api.driver
+
+        def embed(
+            model: str, texts: Sequence[str], by: Exchange | None
+        ) -> Awaitable[list[list[float]]]:
+            own = Exchange("cache", CACHE_KEY, clock.now(), clock.wall(), service_type="cache")
+            return driver.embed(model, texts, by or own)
+
+        part = CachePart(
+            config.cache, state.cache_rows, clock, driver, lambda: api.active, embed
+        )  # fmt: skip
+        self.kit.metrics.registry.register(part.cache.metrics)
+        api.set_cache(part)
+        return part
 
     async def _listen(self, api: Api) -> None:
         bind = self.config.listen.bind
@@ -332,6 +379,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         types, rules = self._own
         api.types = steered_types(types, policy)
         api.outcomes.types = api.types
+        if self._cache is not None:
+            self._cache.prefetcher.types = api.types
         api.engine.shared_budgets = with_rules(rules, policy)
         for model in api.engine.models.values():
             model.health.cooldown_s = policy.cooldowns_s.get(

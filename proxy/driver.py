@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 
 from intentd.core.prompts.effects import (
-    CacheFound,
     CallFailed,
     CallModel,
     ContextLoaded,
     Done,
     Effect,
+    Embed,
     LoadContext,
     LookupCache,
     Message,
     Outcome,
+    Prefetch,
     Reply,
+    StoreCache,
     Together,
 )
 from intentd.core.prompts.health import HealthState
@@ -33,8 +35,13 @@ from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError
 from intentd.proxy.store.base import Turn, Turns
 
+if TYPE_CHECKING:
+    from intentd.proxy.cache.part import CachePart
+
+T = TypeVar("T")
 # Answers one streamed call to the client as it comes; Reply or CallFailed when it is over.
 StreamTo = Callable[[Call], Awaitable["Reply | CallFailed"]]
+_NO_CACHE: Final = Done("this proxy has no cache")
 _CLIENT_FAULTS = frozenset({400, 404, 409, 413, 422})
 
 
@@ -44,6 +51,7 @@ class Driver:
     def __init__(self, engine: Engine, conversations: Turns) -> None:
         self.pool = ModelPool(())
         self.conversations = conversations
+        self.cache: CachePart | None = None
         self._engine = engine
 
     async def run(
@@ -60,16 +68,59 @@ class Driver:
             for name, model in self._engine.models.items()
             if model.health.state is HealthState.OPEN and model.health.wait_s(now) > 0
         )
-        steps = run(service_type, request, Env(self.pool, down=down))
+        cache = self.cache
+        gate = cache.gate(exchange) if cache is not None else None
+        steps = run(service_type, request, Env(self.pool, down=down, gate=gate))
         try:
             effect = next(steps)
             while True:
-                effect = steps.send(await self._perform(effect, exchange, stream_to))
+                if isinstance(effect, (LookupCache, StoreCache, Embed, Prefetch)):
+                    outcome: Outcome = _NO_CACHE
+                    if cache is not None:
+                        outcome = await cache.perform(effect, service_type, request, exchange)
+                else:
+                    outcome = await self._perform(effect, exchange, stream_to)
+                effect = steps.send(outcome)
         except StopIteration as end:
             answer: Answer = end.value
+            if cache is not None:
+                cache.finished(answer.trace, exchange)
             return answer
         finally:
             steps.close()
+
+    async def drive(self, steps: Generator[Effect, Outcome, T], exchange: Exchange) -> T:
+        """Perform the effects of anything that asks models. Raises ApiError and what it raises."""
+        try:
+            effect = next(steps)
+            while True:
+                effect = steps.send(await self._perform(effect, exchange, None))
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        finally:
+            steps.close()
+
+    async def ask(self, effect: CallModel, exchange: Exchange) -> Reply | CallFailed:
+        """One call outside of a pipeline. Raises ApiError for a budget that is used up."""
+        return await self._call(effect, exchange, None)
+
+    async def embed(
+        self, model: str, texts: Sequence[str], exchange: Exchange
+    ) -> list[list[float]]:
+        """Vectors by an embeddings model of the pool. Raises ApiError."""
+        body: dict[str, Any] = {"input": list(texts)}
+        call = Call(
+            "/embeddings", body, model, exchange.service_type, answers=0,
+            size_bytes=len(orjson.dumps(body)), purpose="embed",
+        )  # fmt: skip
+        answer = await self._engine.complete(call, exchange)
+        data = answer.value.get("data")
+        try:
+            rows = sorted(data or [], key=lambda row: int(row["index"]))
+            return [[float(number) for number in row["embedding"]] for row in rows]
+        except (KeyError, TypeError, ValueError):
+            raise ApiError(502, f"{model}: no embeddings in the answer") from None
 
     async def remember(
         self,
@@ -120,9 +171,7 @@ class Driver:
                 exchange.key.key_id, effect.conversation, effect.without
             )
             return ContextLoaded(tuple(messages))
-        if isinstance(effect, LookupCache):
-            return CacheFound()
-        return Done("this proxy has no embedder, cache or prefetching")
+        return _NO_CACHE
 
     async def _call(
         self, effect: CallModel, exchange: Exchange, stream_to: StreamTo | None

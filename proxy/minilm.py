@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from intentd.core.errors import InputError
+from intentd.proxy.cache.available import default_model_file
 
 DIMENSIONS: Final = 384
 LAYERS: Final = 6
@@ -29,7 +30,6 @@ HEAD_WIDTH: Final = DIMENSIONS // HEADS
 MAX_TOKENS: Final = 256
 LAYER_NORM_EPSILON: Final = 1e-12
 OPSET: Final = 20
-FILE_NAME: Final = "all-minilm-l6-v2-int8.onnx"
 
 Array = npt.NDArray[np.float32]
 
@@ -188,11 +188,6 @@ def write_onnx(model_dir: Path, path: Path) -> None:
         os.replace(small, path)
 
 
-def default_path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "intentd", FILE_NAME)
-
-
 class MiniLM:
     """Texts to unit vectors; thread-safe, one thread a call.
 
@@ -206,7 +201,7 @@ class MiniLM:
         import tokenizers
 
         model_dir = model_dir or packaged_model_dir()
-        path = path or default_path()
+        path = path or default_model_file()
         if not path.exists():
             write_onnx(model_dir, path)
         options = onnxruntime.SessionOptions()
@@ -241,7 +236,7 @@ class MiniLM:
 
 def main() -> int:
     """``python -m intentd.proxy.minilm``: write the graph now, at install."""
-    path = default_path()
+    path = default_model_file()
     if not path.exists():
         write_onnx(packaged_model_dir(), path)
     print(path, file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -77,6 +78,8 @@ class Reading:
         self._conversations = conversations
         self._log = log
         self._feedback = feedback
+        # what was prefetched behind an answer, by (key, request id)
+        self.followups: Callable[[str, str], list[str]] | None = None
 
     async def models(self, _request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         allowed = exchange.key.grants.models
@@ -153,6 +156,8 @@ class Reading:
         """All there is to a request, for the key that made it: metadata, how it ended, feedback."""
         document = await self._log.get(name, exchange.key.key_id, "request")
         document["feedback"] = await self._feedback.find(name, exchange.key.key_id)
+        if self.followups is not None:
+            document["followups"] = self.followups(exchange.key.key_id, name)
         return json_response(document, exchange)
 
     async def rate(self, raw: bytes, exchange: Exchange) -> web.StreamResponse:

@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -20,11 +21,14 @@ from aiohttp.streams import StreamReader
 from intentd.core.errors import InputError
 from intentd.core.prompts.pipeline import Answer, PipelineError
 from intentd.core.prompts.regenerate import Previous, regenerate
-from intentd.core.prompts.service_types import ServiceType, get_type, with_options
+from intentd.core.prompts.service_types import CacheStage, ServiceType, get_type, with_options
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.metrics import Metrics
 from intentd.proxy import native
 from intentd.proxy.batch import Batch, read_batch
+from intentd.proxy.cache.api import CacheApi
+from intentd.proxy.cache.control import with_cache_control
+from intentd.proxy.cache.part import CachePart
 from intentd.proxy.call import Call, Exchange, guessed_usage, models_named
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.dialects import anthropic, openai_chat
@@ -115,6 +119,21 @@ class Api:
             "/v1/models": ("GET", self.reading.models),
             "/v1/conversations": ("GET", self.reading.conversations),
         }
+        self.cache_api: CacheApi | None = None
+
+    def set_cache(self, part: CachePart) -> None:
+        """Serve from it, and let applications put into it."""
+        driver = self.driver
+        driver.cache = part
+        api = CacheApi(part, lambda: driver.pool, driver.drive, self._body, self._clock)
+        self.cache_api = api
+        self._routes["/v1/cache"] = ("GET PUT POST DELETE", api.handle)
+        self.reading.followups = part.prefetcher.questions
+
+        def take(word: Feedback) -> None:
+            part.record_feedback(word.key_id, word.request_id, good=word.good)
+
+        self.feedback.subscribers.append(take)
 
     def server(self) -> web.Server:
         """The low-level server: no middlewares, and a client that leaves stops its handler."""
@@ -195,7 +214,7 @@ class Api:
         if route is None:
             route = self._route_with_id(path, request.method)
         method, handler = route
-        if request.method != method:
+        if request.method not in method.split():
             raise ApiError(405, f"{path}: got {shown(request.method)}, expected {method}")
         if self.draining:
             raise ApiError(503, "this proxy is stopping", retry_after_s=1)
@@ -206,12 +225,13 @@ class Api:
         return await handler(request, exchange)
 
     def _route_with_id(self, path: str, asked: str) -> tuple[str, Handler]:
-        reading = self.reading
+        reading, cache = self.reading, self.cache_api
         for prefix, methods, handler in (
             ("/v1/models/", "GET", reading.model),
             ("/v1/requests/", "GET", reading.request),
             ("/v1/conversations/", "GET DELETE", reading.conversation),
             ("/v1/responses/", "GET DELETE", reading.response),
+            *([("/v1/cache/", "GET DELETE", cache.item)] if cache is not None else []),
         ):
             if path.startswith(prefix) and len(path) > len(prefix):
                 method = asked if asked in methods.split() else "GET"
@@ -326,7 +346,8 @@ class Api:
     ) -> web.StreamResponse:
         """A chat: as it is to the model it names, or by a service type."""
         conversation, options = self._wishes(request, call)
-        if call.service_type == FIXED and not conversation and not options:
+        passes = call.service_type == FIXED and not conversation and not options
+        if passes and not self._fixed_is_cached(call):
             return await self._pass_through(request, call, exchange, dialect)
         if call.service_type == FIXED:
             self._named_model(call, exchange.key)
@@ -340,7 +361,8 @@ class Api:
         call = read.call
         conversation, options = self._wishes(request, call, read.conversation)
         kept = not conversation and (read.store or read.previous is not None)
-        if call.service_type == FIXED and not conversation and not options and not kept:
+        passes = call.service_type == FIXED and not conversation and not options and not kept
+        if passes and not self._fixed_is_cached(call):
             return await self._pass_through(request, call, exchange, RESPONSES)
         if call.service_type == FIXED:
             self._named_model(call, exchange.key)
@@ -374,6 +396,11 @@ class Api:
             raise bad_field("intentd.options", options, "an object")
         return conversation, options
 
+    def _fixed_is_cached(self, call: Call) -> bool:
+        """An operator gave `fixed` a cache; several answers at once are not kept."""
+        fixed = self.types.get(FIXED)
+        return fixed is not None and fixed.stage(CacheStage) is not None and call.answers == 1
+
     async def _pass_through(
         self,
         request: web.BaseRequest,
@@ -403,7 +430,11 @@ class Api:
     async def _batch(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """A list of prompts by several models or service types."""
         asked = read_batch(await self._body(request), self.config.batch)
-        batch = Batch(asked, exchange, self._clock, self.perform, self.close, self._pace)
+
+        async def perform(one: native.Asked, own: Exchange) -> Answer:
+            return await self.perform(_controlled(one, request), own)
+
+        batch = Batch(asked, exchange, self._clock, perform, self.close, self._pace)
         return await (batch.streamed(request) if asked.stream else batch.whole())
 
     async def _rate(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
@@ -436,6 +467,7 @@ class Api:
         continuation: Continuation | None = None,
     ) -> web.StreamResponse:
         """Run a service type. call: the chat it came as; None for the native API."""
+        asked = _controlled(asked, http)
         sink = None
         if call is not None and call.stream:
             sink = Sink(self.engine, http, call, exchange, dialect)
@@ -536,7 +568,7 @@ class Api:
         made = get_type(self.types, asked.service_type)
         exchange.service_type = made.name
         exchange.model = made.name  # until somebody has answered
-        if "cache" in asked.options:
+        if "cache" in asked.options and self.driver.cache is None:
             raise bad_field("options.cache", asked.options["cache"], "nothing: there is no cache")
         return with_options(restricted(made, grants.models), asked.options)
 
@@ -613,6 +645,13 @@ def _request_id(given: str | None) -> str:
     if given and _REQUEST_ID.match(given):
         return given
     return "req_" + secrets.token_hex(12)
+
+
+def _controlled(asked: native.Asked, request: web.BaseRequest) -> native.Asked:
+    """With what Cache-Control asks for. Raises ApiError."""
+    if "Cache-Control" not in request.headers:
+        return asked
+    return replace(asked, request=with_cache_control(asked.request, request.headers))
 
 
 def _service_header(request: web.BaseRequest) -> str:

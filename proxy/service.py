@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,21 +18,32 @@ from intentd.core.prompts.service_types import (
 )
 
 FIXED: Final = "fixed"
-# Without a semantic cache, prefetching and a trained router these would not do what they promise.
-_NOT_OFFERED: Final = ("smart_cache", "latency", "router")
+# What these promise needs a cache with an embedder, a cache to prefetch into, a trained router.
+_NEEDS_EMBEDDER: Final = "smart_cache"
+_NEEDS_CACHE: Final = ("smart_cache", "latency")
+_NOT_OFFERED: Final = ("router",)
 
 
-def offered_types(plain: Sequence[Any]) -> dict[str, ServiceType]:
-    """Service types by name. Raises ConfigError with the path for what cannot be carried out."""
+def offered_types(
+    plain: Sequence[Any], *, cached: bool = False, semantic: bool = True
+) -> dict[str, ServiceType]:
+    """Service types by name. Raises ConfigError with the path for what cannot be carried out.
+
+    cached: there is a cache. semantic: it finds what is asked in other words.
+    """
     types = types_from_plain(plain)
     own = {str(table["name"]): index for index, table in enumerate(plain)}
     offered = {}
     for name, made in types.items():
-        if name not in own and name in _NOT_OFFERED:
+        if name not in own and (
+            name in _NOT_OFFERED
+            or (name in _NEEDS_CACHE and not cached)
+            or (name == _NEEDS_EMBEDDER and not semantic)
+        ):
             continue
         if name in own:
-            _check(made, f"service_types[{own[name]}]")
-        offered[name] = _without_cache(made)
+            _check(made, f"service_types[{own[name]}]", types, cached=cached, semantic=semantic)
+        offered[name] = made if cached else _without_cache(made)
     return offered
 
 
@@ -41,14 +52,28 @@ def _without_cache(made: ServiceType) -> ServiceType:
     return made.without_stage(CacheStage).without_stage(StoreStage)
 
 
-def _check(made: ServiceType, field: str) -> None:
+def _check(
+    made: ServiceType,
+    field: str,
+    types: Mapping[str, ServiceType],
+    *,
+    cached: bool,
+    semantic: bool,
+) -> None:
+    strategies = ("one", "verify", "agree", *(("fast",) if cached else ()))
     for index, stage in enumerate(made.stages):
         where = f"{field}.stages[{index}]"
-        if isinstance(stage, (CacheStage, StoreStage, PrefetchStage)):
+        if isinstance(stage, (CacheStage, StoreStage, PrefetchStage)) and not cached:
             kind = type(stage).__name__.removesuffix("Stage").lower()
             raise ConfigError(where, kind, "context and model stages: this proxy has no cache")
-        if isinstance(stage, ModelStage) and stage.strategy in ("route", "fast"):
-            raise ConfigError(f"{where}.model", stage.strategy, "one, verify or agree")
+        if isinstance(stage, CacheStage) and stage.mode in ("semantic", "smart") and not semantic:
+            raise ConfigError(f"{where}.cache", stage.mode, "skip or exact: cache.semantic is off")
+        if isinstance(stage, PrefetchStage) and stage.service_type not in types:
+            raise ConfigError(
+                f"{where}.service_type", stage.service_type, f"one of {', '.join(sorted(types))}"
+            )
+        if isinstance(stage, ModelStage) and stage.strategy not in strategies:
+            raise ConfigError(f"{where}.model", stage.strategy, f"one of {', '.join(strategies)}")
     for index, quota in enumerate(made.quotas):
         if quota.unit not in UNITS:
             raise ConfigError(f"{field}.quotas[{index}].unit", quota.unit, "tokens or requests")

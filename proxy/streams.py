@@ -295,11 +295,12 @@ class RenderRelay:
 
 def answer_headers(exchange: Exchange) -> dict[str, str]:
     headers = {"X-Request-Id": exchange.request_id}
-    if exchange.steps or exchange.first_token_s is not None:
+    answered = exchange.steps or exchange.trace is not None
+    if answered or exchange.first_token_s is not None:
         headers["X-Intentd-Service-Type"] = exchange.service_type
         headers["X-Intentd-Model"] = exchange.model
         headers["X-Intentd-Cache"] = "off"
-        headers["X-Intentd-Attempts"] = str(max(1, len(exchange.steps)))
+        headers["X-Intentd-Attempts"] = str(max(int(exchange.trace is None), len(exchange.steps)))
         if exchange.first_token_s is None:
             headers["X-Intentd-Cost-Nano"] = str(exchange.cost_nano)
         if exchange.trace is not None:

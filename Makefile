@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SUITE := $(VENV)/.installed-suite
 export PYTHONPATH := src
 
-.PHONY: reproduce-prompts help up down test test-unit test-real lint format bench reproduce clean venv
+.PHONY: demo-jobs reproduce-prompts help up down test test-unit test-real lint format bench reproduce clean venv
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -102,6 +102,14 @@ reproduce-flows: $(STAMP)
 
 reproduce-pcs: $(STAMP) kernel  ## chapter 3's simulations beside their published figures (slow)
 	$(BIN)/python -m intentd.testbed.reproduce_pcs --out results/pcs
+
+demo-jobs: $(STAMP) kernel  ## 40 jobs on a local Ray with 16 simulated GPUs; the daemon is killed half way
+	$(BIN)/python -m benchmarks.ray_demo
+
+# real time: two runs of 50 jobs that take a minute and more, about 50 minutes
+reproduce-pcs-testbed: $(STAMP) kernel  ## chapter 3's testbed on a real Ray beside its simulation (slow)
+	@mkdir -p results
+	$(BIN)/python -m benchmarks.ray_testbed --json --runs 2 > results/pcs-testbed.json
 
 LLM_DATA ?= data/llm
 reproduce-prompts: $(STAMP)  ## decisions on recorded outcomes beside published figures (LLM_DATA=DIR)

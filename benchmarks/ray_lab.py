@@ -22,7 +22,7 @@ from intentd.daemons.kit.codec import encode
 
 ROOT = Path(__file__).parents[1]
 OVER = ("finished", "failed", "cancelled")
-START_S = 180.0
+START_S = 400.0
 
 
 class Lab:
@@ -103,7 +103,9 @@ class Lab:
         result: dict[str, Any] = answer["result"]
         return result
 
-    async def submit(self, name: str, work_gpu_s: float, **fields: Any) -> dict[str, Any]:
+    async def submit(
+        self, name: str, work_gpu_s: float, *, arguments: tuple[str, ...] = (), **fields: Any
+    ) -> dict[str, Any]:
         """A job of ``ray_job`` in a directory of its own, named so."""
         where = self.work / name
         where.mkdir()
@@ -111,10 +113,10 @@ class Lab:
         return await self.ask(
             "jobs.submit",
             name=name,
-            command=[sys.executable, "-S", str(job), repr(work_gpu_s)],
+            command=[sys.executable, "-S", str(job), repr(work_gpu_s), *arguments],
             workdir=str(where),
             env=self.job_environment,
-            size_gpu_s=work_gpu_s,
+            **({} if "demand" in fields else {"size_gpu_s": work_gpu_s}),
             **fields,
         )
 

@@ -37,6 +37,7 @@ QUIET: Final = {
     "RAY_enable_open_telemetry": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # jobs inherit it; Ray's own default is 15
 }
 
 

@@ -183,6 +183,9 @@ class JobsSection(Section):
     front_interval_s: Duration = Field(
         default=86_400.0, description="Seconds between two searches if nothing changed.", gt=0
     )
+    rest_s: Duration = Field(
+        default=600.0, description="Searches by itself are at least so far apart.", ge=0
+    )
     min_jobs: int = Field(default=200, description="Jobs known before the first search.", ge=20)
     window_jobs: int = Field(
         default=10_000, description="Newest jobs of a scheduler that are kept.", ge=200, le=100_000

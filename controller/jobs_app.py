@@ -94,7 +94,8 @@ class JobsApplication(
         self._wanted: dict[str, Any] | None = None
         self._wake = asyncio.Event()
         self._next_timer_s = clock.now() + config.front_interval_s
-        self._not_before_s = -math.inf
+        age_s = clock.wall() - self.front.made_wall_s if self.front is not None else math.inf
+        self._not_before_s = clock.now() + max(0.0, config.rest_s - age_s)
         self._lock = asyncio.Lock()
         self.newest = book.newest(APPLICATION)
 
@@ -210,7 +211,9 @@ class JobsApplication(
         present = None if self.newest is None else from_plain(self.newest.body)
         job = await asyncio.to_thread(self._job, cluster, present, changed)
         cluster.history.searched()
-        self._next_timer_s = self._clock.now() + self._config.front_interval_s
+        now = self._clock.now()
+        self._next_timer_s = now + self._config.front_interval_s
+        self._not_before_s = now + self._config.rest_s
         document = await self.process.search(job)
         if not document["front"]:
             raise IntentdError("search: no configuration was found")

@@ -203,6 +203,19 @@ class Progress:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """GPUs that owners may hold at once. owner: (jobs,) int32, index into gpus, -1 for no quota.
+
+    A job is held until its owner's quota has room for its smallest grant beside those of the
+    owner's active jobs (the running first, then by arrival); what these leave of the quota goes to
+    the oldest first, up to their largest grants.
+    """
+
+    owner: NDArray[np.int32]
+    gpus: Array
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a run returns; times in seconds, NaN where it did not happen."""
@@ -271,6 +284,7 @@ def run(
     seed: int = 0,
     target: int = -1,
     review_every: int = 0,
+    quotas: Quotas | None = None,
     backend: str = "",
 ) -> Outcome:
     """Decides once (DECIDE) or plays to the end (PLAY); the raw door to the kernel.
@@ -278,7 +292,8 @@ def run(
     progress: the first len(progress) jobs are active at now_s, the others arrive at submit_s.
     failures: (m, 2) rising times and changes of capacity. predict: jobs whose finish is predicted
     at their arrival. review_every: after every so many arrivals the finish of all active jobs is
-    predicted anew. target: stop when this job ends. Raises InputError for what it refuses.
+    predicted anew. target: stop when this job ends. quotas: kept throughout; not together with
+    predict and review_every. Raises InputError for what it refuses.
     """
     n, active = len(jobs), 0 if progress is None else len(progress.remaining_gpu_s)
     state = {name: np.zeros(n) for name in ("left", "grant", "stall", "since", "seen", "count")}
@@ -306,6 +321,8 @@ def run(
         *answers,
         summary,
         reviews.reshape(-1),
+        np.zeros(0, dtype=np.int32) if quotas is None else quotas.owner,
+        np.zeros(0) if quotas is None else quotas.gpus,
     )
     numbers = numbers_of(
         policy,
@@ -356,6 +373,7 @@ def play_out(
     progress: Progress,
     costs: Costs = FREE,
     target: int = -1,
+    quotas: Quotas | None = None,
 ) -> Array:
     """Finish times (absolute) of the active jobs if nothing else arrived, NaN if not played.
 
@@ -363,7 +381,15 @@ def play_out(
     Raises StateError if they can never all run.
     """
     outcome = run(
-        PLAY, jobs, policy, gpus, now_s=now_s, progress=progress, costs=costs, target=target
+        PLAY,
+        jobs,
+        policy,
+        gpus,
+        now_s=now_s,
+        progress=progress,
+        costs=costs,
+        target=target,
+        quotas=quotas,
     )
     if not outcome.complete:
         raise StateError(f"jobs wait for ever on {gpus:g} GPUs: a minimum above the capacity")

@@ -114,6 +114,7 @@ class Job:
     step_s: float = 0.0
     reported: float = 0.0
     worked_gpu_s: float = 0.0
+    pool: str = ""  # GPU type it was put on
 
     @property
     def gpus(self) -> int:

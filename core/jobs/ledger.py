@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intentd.core.errors import InputError, StateError
-from intentd.core.jobs.allocator import JobTable, Progress, allocate
-from intentd.core.jobs.demand import efficiency
+from intentd.core.jobs.allocator import JobTable, Quotas, allocate
+from intentd.core.jobs.columns import Columns, SpeedTables
+from intentd.core.jobs.demand import ANY_TYPE
 from intentd.core.jobs.history import Arrival
 from intentd.core.jobs.job import (
     HOLDING,
@@ -46,6 +47,7 @@ Array = NDArray[np.float64]
 STORY: Final = 12  # events of a job told with an error
 LEARNED: Final = 2048  # (owner, name) pairs whose sizes are remembered
 LEAST_LEFT: Final = 0.02  # of its size, what a job that outran its estimate is taken to need
+PLAYED_JOBS: Final = 2000  # with more unfinished ones a pool is chosen by its work, not played out
 LEAST_RATE_S: Final = 0.5  # reports this far apart measure the time per step
 
 
@@ -65,39 +67,12 @@ class Rules:
 
 @dataclass(slots=True)
 class _Line:
-    """What a job's demand function gives the allocator; kept, for it never changes."""
+    """What a job's demand function gives the allocator in its pool; kept, for it never changes."""
 
     row: int
     smallest: int
     largest: int
     speeds: Array
-
-
-class _Tables:
-    """Speed tables of all jobs, one row for equal ones, padded to one width."""
-
-    def __init__(self) -> None:
-        self._rows: dict[bytes, int] = {}
-        self._kept: list[Array] = []
-        self._stacked: tuple[Array, Array] | None = None
-
-    def add(self, speeds: Array) -> int:
-        key = speeds.round(12).tobytes()
-        row = self._rows.get(key)
-        if row is None:
-            row = self._rows[key] = len(self._kept)
-            self._kept.append(speeds)
-            self._stacked = None
-        return row
-
-    def stacked(self) -> tuple[Array, Array]:
-        """(tables, width): speeds and efficiencies."""
-        if self._stacked is None:
-            width = max((len(line) for line in self._kept), default=2)
-            rows = [np.append(x, np.full(width - len(x), x[-1])) for x in self._kept]
-            speeds = np.ascontiguousarray(rows) if rows else np.zeros((1, width))
-            self._stacked = speeds, np.stack([efficiency(line) for line in speeds])
-        return self._stacked
 
 
 class Ledger:
@@ -113,18 +88,26 @@ class Ledger:
         rules: Rules | None = None,
     ) -> None:
         self.nodes = {node.name: node for node in nodes}
+        self.types = list(dict.fromkeys(node.gpu_type for node in self.nodes.values())) or [""]
         self.lost: set[str] = set()
         self.policy = replace(policy or make("fifo"), integral=True)
         self.costs = costs
-        self.rules = rules or Rules()
         self.jobs: dict[int, Job] = {}
+        self.counts: dict[State, int] = dict.fromkeys(State, 0)
         self.stale_events = 0
         self.held: dict[int, str] = {}
+        self._rules = rules or Rules()
+        self._holding: dict[int, Job] = {}
+        self._fresh: dict[int, Job] = {}
         self._next_id = 1
         self._lines: dict[int, _Line] = {}
-        self._tables = _Tables()
+        self._tables = SpeedTables()
+        self._columns = Columns()
+        self._changed: set[int] = set()  # jobs whose row in the columns is not up to date
+        self._owners: dict[str, int] = {}
         self._sizes: dict[tuple[str, str], deque[float]] = {}
         self._grants: dict[int, int] = {}
+        self._room: dict[str, int] = {}
         self._dirty: dict[int, Job] = {}
         self._events: list[Event] = []
         self._story: dict[int, deque[str]] = {}
@@ -143,12 +126,37 @@ class Ledger:
         """GPUs that can be given out now."""
         return sum(node.gpus for node in self._usable())
 
-    def _usable(self) -> list[Node]:
-        return [n for n in self.nodes.values() if not n.drained and n.name not in self.lost]
+    def _usable(self, gpu_type: str | None = None) -> list[Node]:
+        return [
+            n
+            for n in self.nodes.values()
+            if not n.drained
+            and n.name not in self.lost
+            and (gpu_type is None or n.gpu_type == gpu_type)
+        ]
+
+    def pool_capacity(self, gpu_type: str) -> int:
+        """GPUs of a type that can be given out now."""
+        return sum(node.gpus for node in self._usable(gpu_type))
+
+    @property
+    def rules(self) -> Rules:
+        return self._rules
+
+    @rules.setter
+    def rules(self, rules: Rules) -> None:
+        self._rules = rules
+        self._owners.clear()
+        self._changed.update(self.jobs)
 
     def take_dirty(self) -> list[Job]:
         """The jobs changed since the last call, those over too."""
         dirty = list(self._dirty.values())
+        for job in dirty:
+            if job.id in self.jobs:
+                at = self._columns.at(job.id)
+                job.contention = float(self._columns.contention[at])
+                job.decisions = float(self._columns.decisions[at])
         self._dirty.clear()
         return dirty
 
@@ -167,16 +175,27 @@ class Ledger:
         self._next_id = max(self._next_id, number + 1)
         size = spec.function(self.learned_size(spec)).size_gpu_s
         job = Job(number, spec, now, size, changed_s=now)
-        self.jobs[number] = job
-        self._learn_line(job)
+        job.pool = self._pool_for(job, now)
+        self._book(job)
         self._note(job, now, "submitted")
         return job
 
     def check(self, spec: JobSpec) -> None:
         """Raises InputError for a job this cluster or its owner's quota can never run."""
-        if spec.min_gpus > self.total_gpus:
-            expected = f"at most the cluster's {self.total_gpus} GPUs"
-            raise InputError("min_gpus", spec.min_gpus, expected)
+        for name in spec.gpu_types:
+            if name not in self.types:
+                raise InputError("gpu_types", name, f"one of {', '.join(filter(None, self.types))}")
+        usable = self._types_of(spec)
+        if not usable:
+            known = ", ".join(spec.function(1.0).types())
+            raise InputError("demand", known, f"an entry for one of {', '.join(self.types)}")
+        most = max(
+            sum(node.gpus for node in self.nodes.values() if node.gpu_type == name)
+            for name in usable
+        )
+        if spec.min_gpus > most:
+            where = "the cluster's" if len(self.types) == 1 else "one type's"
+            raise InputError("min_gpus", spec.min_gpus, f"at most {where} {most} GPUs")
         quota = self.rules.quota(spec.owner)
         if quota and spec.min_gpus > quota:
             raise InputError(
@@ -187,6 +206,8 @@ class Ledger:
         """Forgets a job that could not be stored and was not acknowledged."""
         self._dirty.pop(job_id, None)
         self._events = [event for event in self._events if event.job != job_id]
+        if job_id in self.jobs:
+            self.counts[self.jobs[job_id].state] -= 1
         self._drop(job_id)
 
     def restore(self, job: Job) -> None:
@@ -194,8 +215,12 @@ class Ledger:
         self._next_id = max(self._next_id, job.id + 1)
         if job.state in OVER:
             return
-        self.jobs[job.id] = job
-        self._learn_line(job)
+        held = [self.nodes[name].gpu_type for name in job.devices if name in self.nodes]
+        if held:
+            job.pool = held[0]
+        elif job.pool not in self._types_of(job.spec):
+            job.pool = self._pool_for(job, job.changed_s)
+        self._book(job)
 
     def reserve_ids(self, highest: int) -> None:
         """Ids up to highest were given out before."""
@@ -297,8 +322,8 @@ class Ledger:
             return []
         self.lost.add(name)
         orders: list[Instruction] = []
-        for job in list(self.jobs.values()):
-            if job.state not in HOLDING or name not in job.devices:
+        for job in list(self._holding.values()):
+            if name not in job.devices:
                 continue
             self._advance(job, now)
             if all(node in self.lost for node in job.devices):
@@ -311,6 +336,12 @@ class Ledger:
 
     def node_joined(self, node: Node) -> None:
         self.nodes[node.name] = node
+        if node.gpu_type not in self.types:
+            self.types.append(node.gpu_type)
+        for job in self.jobs.values():  # may use more GPUs now than there were
+            if job.pool == node.gpu_type and self._lines[job.id].largest < job.spec.max_gpus:
+                self._learn_line(job)
+                self._changed.add(job.id)
         self.lost.discard(node.name)
 
     def set_policy(self, policy: JobsPolicy) -> None:
@@ -323,34 +354,36 @@ class Ledger:
         """What is to be done so that every job has what the policy gives it."""
         orders: list[Instruction] = []
         self._decided_s = now
-        for job in self.jobs.values():
-            if job.state is State.SUBMITTED:
-                self._move(job, State.PENDING, now, "")
-            elif job.state in HOLDING:
-                self._advance(job, now)
-        for job in list(self.jobs.values()):
+        for job in list(self._fresh.values()):
+            self._move(job, State.PENDING, now, "")
+        for job in list(self._holding.values()):
+            self._advance(job, now)
             limit = job.spec.time_limit_s
-            over = limit and job.state in HOLDING and job.ran_s >= limit - 1e-9
+            over = limit and job.ran_s >= limit - 1e-9
             if over and job.purpose not in ("time limit", "cancel"):
                 orders.append(self._stop(job, "time limit", now, "time limit"))
-            elif job.state in HOLDING and not job.purpose and self._evict & job.devices.keys():
+            elif not job.purpose and self._evict & job.devices.keys():
                 orders.append(self._stop(job, "drain", now, "its node is drained"))
-        pinned = [job for job in self.jobs.values() if self._is_pinned(job)]
+        pinned = {job.id for job in self._holding.values() if self._is_pinned(job)}
         room = {node.name: node for node in self._usable()}
-        for job in pinned:
-            for name, held in job.placement.items():
+        for number in pinned:
+            for name, held in self.jobs[number].placement.items():
                 if name in room:
                     room[name] = replace(room[name], gpus=room[name].gpus - held)
-        able = self._able(sum(node.gpus for node in room.values()), {job.id for job in pinned})
-        wanted = self._grant(able, room, now)
-        return orders + self._carry_out(able, wanted, now)
+        self._room = {
+            name: sum(node.gpus for node in room.values() if node.gpu_type == name)
+            for name in self.types
+        }
+        self._settle(now)
+        wanted = self._grant(pinned, room, now)
+        return orders + self._carry_out(pinned, wanted, now)
 
     def next_timer(self) -> float | None:
         """When to decide again if nothing happens: leases, time limits, growth held back."""
         times: list[float] = []
         lease_s = self.policy.lease_s
-        for job in self.jobs.values():
-            if job.state not in HOLDING or job.purpose:
+        for job in self._holding.values():
+            if job.purpose:
                 continue
             if lease_s:
                 times.append(self._decided_s + lease_s)
@@ -363,96 +396,132 @@ class Ledger:
 
     def _is_pinned(self, job: Job) -> bool:
         """Runs where nothing new starts, or ends for good: keeps what it has until it ended."""
-        if job.state not in HOLDING:
-            return False
         if job.purpose in ("cancel", "time limit"):
             return True
         return any(n in self.lost or self.nodes[n].drained for n in job.devices)
 
-    def _able(self, capacity: int, pinned: set[int]) -> list[tuple[Job, int]]:
-        """Jobs the allocator sees, in arrival order, each with its largest grant; notes why the
-        others are held."""
+    def _settle(self, now: float) -> None:
+        """Brings the columns up to date; a job that waits where it can no longer run moves."""
+        self._settle_rows()
+        if len(self.types) > 1:
+            for pool, name in enumerate(self.types):
+                rows = self._columns.rows(pool)
+                stuck = rows[self._columns.smallest[rows] > self._room.get(name, 0)]
+                for number in self._columns.ids[stuck].tolist():
+                    self._move_pool(self.jobs[number], now)
+
+    def _move_pool(self, job: Job, now: float) -> None:
+        if job.state in HOLDING:
+            return
+        able = [n for n in self._types_of(job.spec) if self._room.get(n, 0) >= job.spec.min_gpus]
+        if able and job.pool not in able:
+            job.pool = self._pool_for(job, now, able)
+            self._learn_line(job)
+            self._write(job)
+            self._dirty[job.id] = job
+
+    def _caps(self, pinned: set[int]) -> NDArray[np.int32]:
+        """Largest grant of each row within its owner's quota, 0 for a job that is held by it: the
+        smallest grants first (the running before the waiting), what is left to the oldest."""
+        columns = self._columns
+        most = columns.largest.copy()
         self.held.clear()
-        left: dict[str, int] = {}
+        if not self.rules.quotas:
+            return most
+        left = {name: self.rules.quota(name) for name in self._owners}
         for number in pinned:
             owner = self.jobs[number].spec.owner
-            left[owner] = left.get(owner, self.rules.quota(owner)) - self.jobs[number].gpus
-        able: list[tuple[Job, int]] = []
-        counted: dict[int, int] = {}
-        # runs first: a quota must not stop one job of an owner for another
-        for job in sorted(self.jobs.values(), key=lambda job: (job.state not in HOLDING, job.id)):
-            if job.id in pinned:
+            if owner in left:
+                left[owner] -= self.jobs[number].gpus
+        rows = columns.rows()
+        rows = rows[columns.owner[rows] >= 0]
+        able: list[int] = []
+        names = list(self._owners)
+        capacity = np.array([self._room.get(name, 0) for name in self.types])
+        rows = rows[columns.smallest[rows] <= capacity[columns.pool[rows]]]
+        order = rows[np.argsort(columns.grant[rows] <= 0, kind="stable")]
+        for at in order.tolist():
+            number, owner = int(columns.ids[at]), names[columns.owner[at]]
+            if number in pinned:
                 continue
-            smallest, owner = job.spec.min_gpus, job.spec.owner
-            if smallest > capacity:
-                text = f"needs at least {smallest} GPUs, {capacity} can be given out now"
-                self.held[job.id] = text
-                continue
-            quota = self.rules.quota(owner)
-            if quota and left.setdefault(owner, quota) < smallest:
-                used = quota - left[owner]
-                text = (
-                    f"quota of {owner}: {quota} GPUs, {used} in use or promised, needs {smallest}"
+            smallest, quota = int(columns.smallest[at]), self.rules.quota(owner)
+            if left[owner] < smallest:
+                most[at] = 0
+                self.held[number] = (
+                    f"quota of {owner}: {quota} GPUs, {quota - left[owner]} in use or promised, "
+                    f"needs {smallest}"
                 )
-                self.held[job.id] = text
                 continue
-            if quota:
-                left[owner] -= smallest
-            counted[job.id] = smallest
-        for job in self.jobs.values():
-            if job.id in counted:
-                most = self._lines[job.id].largest
-                if self.rules.quota(job.spec.owner):
-                    extra = min(left[job.spec.owner], most - counted[job.id])
-                    left[job.spec.owner] -= max(extra, 0)
-                    most = counted[job.id] + max(extra, 0)
-                able.append((job, min(most, max(capacity, 1))))
-        return able
+            left[owner] -= smallest
+            able.append(at)
+        for at in sorted(able):
+            owner, smallest = names[columns.owner[at]], int(columns.smallest[at])
+            extra = max(0, min(left[owner], int(columns.largest[at]) - smallest))
+            left[owner] -= extra
+            most[at] = smallest + extra
+        return most
 
     def _grant(
-        self, able: list[tuple[Job, int]], room: Mapping[str, Node], now: float
+        self, pinned: set[int], room: Mapping[str, Node], now: float
     ) -> dict[int, dict[str, int]]:
-        """job -> placement, as the policy would have it."""
+        """job -> placement, as the policy would have it, pool by pool."""
+        columns = self._columns
+        most = self._caps(pinned)
         self._grants = {}
-        if not able:
-            return {}
-        for job, _ in able:
-            job.contention += len(able)
-            job.decisions += 1
-        capacity = sum(node.gpus for node in room.values())
-        grants = allocate(
-            self._table(able),
-            self.policy,
-            float(capacity),
-            now_s=now,
-            progress=self._progress([job for job, _ in able], now),
-            costs=self.costs,
-        )
-        chosen: dict[int, int] = {}
-        for (job, _), grant in zip(able, np.floor(grants + 1e-9).astype(int).tolist(), strict=True):
-            if grant >= job.spec.min_gpus:
-                chosen[job.id] = int(grant)
-        self._grants = dict(chosen)
-        for job, _ in able:
+        wanted: dict[int, dict[str, int]] = {}
+        fixed = [columns.at(number) for number in pinned]
+        for pool, name in enumerate(self.types):
+            capacity = self._room.get(name, 0)
+            rows = columns.rows(pool)
+            rows = rows[(columns.smallest[rows] <= capacity) & (most[rows] > 0)]
+            if fixed:
+                rows = rows[~np.isin(rows, fixed)]
+            if not len(rows):
+                continue
+            columns.contention[rows] += len(rows)
+            columns.decisions[rows] += 1
+            grants = allocate(
+                columns.table_of(rows, np.minimum(most[rows], max(capacity, 1)), self._tables),
+                self.policy.for_type(name),
+                float(capacity),
+                now_s=now,
+                progress=columns.progress_of(rows, now),
+                costs=self.costs,
+            )
+            whole = np.floor(grants + 1e-9).astype(np.int64)
+            given = np.flatnonzero((whole > 0) & (whole >= columns.smallest[rows]))
+            chosen = dict(
+                zip(columns.ids[rows[given]].tolist(), whole[given].tolist(), strict=True)
+            )
+            own = {n: node for n, node in room.items() if node.gpu_type == name}
+            wanted |= self._placed(chosen, own, set(columns.ids[rows].tolist()), now)
+        return wanted
+
+    def _placed(
+        self, chosen: dict[int, int], room: Mapping[str, Node], members: set[int], now: float
+    ) -> dict[int, dict[str, int]]:
+        self._grants.update(chosen)
+        present: dict[Hashable, dict[str, int]] = {}
+        for job in self._holding.values():
+            if job.id not in members:
+                continue
+            present[job.id] = job.placement
             early = now < job.run_since_s + self.rules.hold_growth_s
-            if job.state in HOLDING and not job.purpose and early:
-                grown = chosen.get(job.id, 0)
-                chosen[job.id] = min(grown, job.gpus) if grown else 0
-        present: dict[Hashable, dict[str, int]] = {
-            job.id: job.placement for job, _ in able if job.state in HOLDING
-        }
+            if not job.purpose and early and chosen.get(job.id, 0) > job.gpus:
+                chosen[job.id] = job.gpus
         placed = place({j: n for j, n in chosen.items() if n}, room, present)
         return {int(str(job)): where for job, where in placed.items()}
 
     def _carry_out(
-        self, able: list[tuple[Job, int]], wanted: Mapping[int, Mapping[str, int]], now: float
+        self, pinned: set[int], wanted: Mapping[int, Mapping[str, int]], now: float
     ) -> list[Instruction]:
         """Stops first; a job starts only on GPUs that nobody holds any more."""
         orders: list[Instruction] = []
-        for job, _ in able:
-            if job.state not in HOLDING or job.purpose:
+        for number in sorted(self._holding):
+            job = self._holding[number]
+            if job.purpose or number in pinned:
                 continue
-            where = dict(wanted.get(job.id, {}))
+            where = dict(wanted.get(number, {}))
             if where == job.placement:
                 continue
             if where:
@@ -463,8 +532,8 @@ class Ledger:
                 job.preempted += 1
                 orders.append(self._stop(job, "preempt", now, "its GPUs go to other jobs"))
         free = self.free_devices()
-        for job, _ in able:
-            where = dict(wanted.get(job.id, {}))
+        for number in sorted(wanted):
+            job, where = self.jobs[number], dict(wanted[number])
             if job.state is not State.PENDING or not where:
                 continue
             if any(len(free[name]) < count for name, count in where.items()):
@@ -478,7 +547,7 @@ class Ledger:
     def free_devices(self) -> dict[str, list[int]]:
         """Indices nobody holds on nodes that take new jobs."""
         free = {node.name: list(range(node.gpus)) for node in self._usable()}
-        for job in self.jobs.values():
+        for job in self._holding.values():
             for name, indices in job.devices.items():
                 if name in free:
                     taken = set(indices)
@@ -518,62 +587,141 @@ class Ledger:
     # -- predictions and reasons ---------------------------------------------------------------
 
     def snapshot(
-        self, now: float, candidate: JobSpec | None = None, *, upto: int | None = None
+        self,
+        now: float,
+        candidate: JobSpec | None = None,
+        *,
+        upto: int | None = None,
+        pool: str | None = None,
     ) -> tuple[Snapshot, list[int]]:
-        """What a prediction starts from, and the ids of its jobs; a candidate comes last, as 0.
-        upto: as if jobs with larger ids had not come yet.
+        """What a prediction starts from in one pool of equal GPUs, and the ids of its jobs; a
+        candidate comes last, as 0. upto: as if jobs with larger ids had not come yet. pool: None
+        for the first.
 
-        All that fit, quotas left aside; a job that runs and ends for good is left out, its GPUs
-        are free soon.
+        All that fit; a job that runs and ends for good is left out, its GPUs are free soon.
         """
-        capacity = self.capacity
-        rows = [
-            (job, min(self._lines[job.id].largest, capacity))
-            for job in self.jobs.values()
-            if job.spec.min_gpus <= capacity
-            and job.purpose not in ("cancel", "time limit")
-            and (upto is None or job.id <= upto)
+        name = self.types[0] if pool is None else pool
+        capacity = self.pool_capacity(name)
+        for job in self._holding.values():
+            self._advance(job, now)
+        self._settle_rows()
+        columns = self._columns
+        rows = columns.rows(self.types.index(name))
+        rows = rows[columns.smallest[rows] <= capacity]
+        if upto is not None:
+            rows = rows[columns.ids[rows] <= upto]
+        ending = [j.id for j in self._holding.values() if j.purpose in ("cancel", "time limit")]
+        if ending:
+            rows = rows[~np.isin(columns.ids[rows], ending)]
+        found = Snapshot(
+            columns.table_of(rows, np.minimum(columns.largest[rows], capacity), self._tables),
+            columns.progress_of(rows, now),
+            now,
+            float(capacity),
+            self.policy.for_type(name),
+            self.costs,
+            self._quotas(rows),
+        )
+        keys: list[int] = columns.ids[rows].tolist()
+        if candidate is None:
+            return found, keys
+        return found.with_job(*self.candidate(candidate, now, name)), [*keys, 0]
+
+    def candidate(self, candidate: JobSpec, now: float, pool: str) -> tuple[JobTable, int]:
+        """A job that has just come, for Snapshot.with_job and Predictor.what_if: its table, whose
+        speeds are those of all, and its owner's quota."""
+        self.check(candidate)
+        capacity = self.pool_capacity(pool)
+        if candidate.min_gpus > capacity:
+            raise InputError("min_gpus", candidate.min_gpus, f"at most {capacity} GPUs now")
+        size = candidate.function(self.learned_size(candidate)).size_gpu_s
+        line = self._line(candidate, size, pool)
+        self._tables.release(line.row)  # nobody else can take the row before this returns
+        one = JobTable(
+            np.array([now]),
+            np.array([size]),
+            np.array([float(line.smallest)]),
+            np.array([min(line.largest, capacity)], dtype=np.int32),
+            np.array([line.row], dtype=np.int32),
+            self._tables.speeds.copy(),
+            np.ones(1),
+            self._tables.efficiency.copy(),
+        )
+        return one, self._owner(candidate.owner)
+
+    def _quotas(self, rows: NDArray[np.int64]) -> Quotas | None:
+        if not self.rules.quotas:
+            return None
+        limits = [float(self.rules.quota(name)) for name in self._owners]
+        return Quotas(self._columns.owner[rows], np.array(limits or [0.0]))
+
+    def pools_for(self, spec: JobSpec) -> list[str]:
+        """GPU types that could run a job now."""
+        return [n for n in self._types_of(spec) if self.pool_capacity(n) >= spec.min_gpus]
+
+    def _types_of(self, spec: JobSpec) -> list[str]:
+        """GPU types that a job may use and has a demand for."""
+        known = spec.function(1.0).types() if spec.demand_by else (ANY_TYPE,)
+        return [
+            name
+            for name in self.types
+            if (not spec.gpu_types or name in spec.gpu_types)
+            and (ANY_TYPE in known or name in known)
         ]
-        if candidate is not None:
-            self.check(candidate)
-            if candidate.min_gpus > capacity:
-                raise InputError("min_gpus", candidate.min_gpus, f"at most {capacity} GPUs now")
-            size = candidate.function(self.learned_size(candidate)).size_gpu_s
-            job = Job(0, candidate, now, size, changed_s=now)
-            self._learn_line(job)
-            rows.append((job, min(self._lines[0].largest, capacity)))
-        for job, _ in rows:
-            if job.state in HOLDING:
-                self._advance(job, now)
-        progress = self._progress([job for job, _ in rows], now)
-        table = self._table(rows)
-        self._lines.pop(0, None)
-        keys = [job.id for job, _ in rows]
-        return Snapshot(table, progress, now, float(capacity), self.policy, self.costs), keys
+
+    def _pool_for(self, job: Job, now: float, able: list[str] | None = None) -> str:
+        """The pool that predicts the earliest finish (sections 3.3.3 and 3.7); with very many
+        jobs the one with the least work a speed."""
+        names = able if able is not None else self.pools_for(job.spec) or self._types_of(job.spec)
+        if len(names) <= 1:
+            return names[0] if names else self.types[0]
+        return min(names, key=lambda name: self._finish_in(job, name, now))
+
+    def _finish_in(self, job: Job, pool: str, now: float) -> float:
+        line = self._line(job.spec, job.size_gpu_s, pool)
+        self._tables.release(line.row)
+        capacity = self.pool_capacity(pool)
+        speed = float(line.speeds[min(line.largest, max(capacity, 1))])
+        if speed <= 0 or capacity < job.spec.min_gpus:
+            return math.inf
+        if len(self.jobs) <= PLAYED_JOBS:
+            snapshot, _ = self.snapshot(now, job.spec, pool=pool)
+            return float(snapshot.play_out()[-1])
+        rows = self._columns.rows(self.types.index(pool))
+        return float(self._columns.left_gpu_s[rows].sum()) / capacity + job.size_gpu_s / speed
 
     def reason(self, job_id: int) -> dict[str, Any]:
         """Why the job is where it is: one sentence and the numbers behind it."""
-        job = self.jobs[job_id]
-        active = [other for other in self.jobs.values() if other.state in HOLDING]
+        job, columns = self.jobs[job_id], self._columns
+        self._settle_rows()
+        policy = self.policy.for_type(job.pool)
+        mine = policy.class_of(job.size_gpu_s)
+        rows = columns.rows(self.types.index(job.pool))
+        before = rows[columns.ids[rows] < job_id]
+        limits = np.asarray(policy.thresholds_gpu_s if policy.name == "wfq" else (math.inf,))
+        classes = np.searchsorted(limits, columns.size_gpu_s[before], side="left")
+        free = self.free_devices()
         numbers: dict[str, Any] = {
             "min_gpus": job.spec.min_gpus,
             "max_gpus": self._lines[job_id].largest,
             "size_gpu_s": job.size_gpu_s,
             "left_gpu_s": self.left(job),
-            "capacity_gpus": self.capacity,
-            "held_gpus": sum(other.gpus for other in active),
-            "free_gpus": sum(len(x) for x in self.free_devices().values()),
-            "granted_gpus": self._grants.get(job_id, 0),
-            "policy": self.policy.name,
-            "class": self.policy.class_of(job.size_gpu_s),
-            "class_weight": self.policy.weights[self.policy.class_of(job.size_gpu_s)],
-            "ahead": sum(
-                1
-                for other in self.jobs.values()
-                if other.id < job_id
-                and self.policy.class_of(other.size_gpu_s) == self.policy.class_of(job.size_gpu_s)
+            "gpu_type": job.pool,
+            "capacity_gpus": self.pool_capacity(job.pool),
+            "held_gpus": sum(j.gpus for j in self._holding.values() if j.pool == job.pool),
+            "free_gpus": sum(
+                len(at) for name, at in free.items() if self.nodes[name].gpu_type == job.pool
             ),
+            "granted_gpus": self._grants.get(job_id, 0),
+            "policy": policy.name,
+            "class": mine,
+            "class_weight": policy.weights[mine],
+            "ahead": int(np.count_nonzero(classes == mine)),
+            "ahead_gpu_s": float(columns.left_gpu_s[before[classes == mine]].sum()),
             "quota_gpus": self.rules.quota(job.spec.owner),
+            "quota_used_gpus": sum(
+                j.gpus for j in self._holding.values() if j.spec.owner == job.spec.owner
+            ),
             "epoch": job.epoch,
         }
         return {"state": job.state.value, "text": self._reason_text(job, numbers), **numbers}
@@ -582,16 +730,21 @@ class Ledger:
         if job.state in HOLDING:
             doing = {State.CHECKPOINTING: f"ends to {job.purpose}"}.get(job.state, job.state.value)
             return f"{doing} on {job.gpus} GPUs ({_places(job)})"
+        room = self._room.get(job.pool, numbers["capacity_gpus"])
+        if job.spec.min_gpus > room:
+            return f"needs at least {job.spec.min_gpus} GPUs, {room} can be given out now"
         if job.id in self.held:
             return self.held[job.id]
+        of_type = f" {job.pool}" if job.pool else ""
         if numbers["granted_gpus"]:
             return (
                 f"granted {numbers['granted_gpus']} GPUs, waits for running jobs to let go: "
-                f"{numbers['free_gpus']} of {numbers['capacity_gpus']} are free"
+                f"{numbers['free_gpus']} of {numbers['capacity_gpus']}{of_type} are free"
             )
         return (
-            f"needs {job.spec.min_gpus} GPUs, {numbers['free_gpus']} of {numbers['capacity_gpus']} "
-            f"are free; {numbers['ahead']} jobs of class {numbers['class']} are ahead of it"
+            f"needs {job.spec.min_gpus} GPUs, {numbers['free_gpus']} of "
+            f"{numbers['capacity_gpus']}{of_type} are free; {numbers['ahead']} jobs of class "
+            f"{numbers['class']} are ahead of it"
         )
 
     def left(self, job: Job) -> float:
@@ -622,8 +775,8 @@ class Ledger:
         """What the controller is told of a job."""
         line = self._lines.get(job.id)
         if line is None:
-            function = job.spec.function(job.size_gpu_s)
-            line = _Line(0, function.smallest, function.largest, function.speeds())
+            line = self._line(job.spec, job.size_gpu_s, job.pool or self.types[0])
+            self._tables.release(line.row)
         linear = np.array_equal(line.speeds, np.arange(len(line.speeds)))
         speeds = () if linear else tuple(line.speeds.tolist())
         return Arrival(job.id, job.submitted_s, job.size_gpu_s, line.smallest, line.largest, speeds)
@@ -642,45 +795,61 @@ class Ledger:
             return None
         return job
 
+    def _book(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        self.counts[job.state] += 1
+        if job.state in HOLDING:
+            self._holding[job.id] = job
+        elif job.state is State.SUBMITTED:
+            self._fresh[job.id] = job
+        at = self._columns.add(job.id)
+        self._learn_line(job)
+        self._columns.contention[at] = job.contention
+        self._columns.decisions[at] = job.decisions
+        self._write(job)
+
+    def _line(self, spec: JobSpec, size_gpu_s: float, pool: str) -> _Line:
+        """Of a job in a pool; its table is held until it is released."""
+        function = spec.function(size_gpu_s)
+        nodes = [node.gpus for node in self.nodes.values() if node.gpu_type == pool]
+        speeds = function.speeds(pool, max(nodes, default=0))
+        speeds = speeds[: max(sum(nodes), function.smallest) + 1]  # more can never be given
+        largest = min(function.largest, len(speeds) - 1)
+        return _Line(self._tables.take(speeds), function.smallest, largest, speeds)
+
     def _learn_line(self, job: Job) -> None:
-        function = job.spec.function(job.size_gpu_s)
-        per_node = max((node.gpus for node in self.nodes.values()), default=0)
-        speeds = function.speeds(node_gpus=per_node)
-        row = self._tables.add(speeds)
-        self._lines[job.id] = _Line(row, function.smallest, function.largest, speeds)
+        before = self._lines.pop(job.id, None)
+        if before is not None:
+            self._tables.release(before.row)
+        self._lines[job.id] = self._line(job.spec, job.size_gpu_s, job.pool)
 
-    def _table(self, rows: list[tuple[Job, int]]) -> JobTable:
-        speeds, effective = self._tables.stacked()
-        lines = [self._lines[job.id] for job, _ in rows]
-        submitted = np.maximum.accumulate(
-            np.array([job.submitted_s for job, _ in rows], dtype=np.float64)
-        )
-        return JobTable(
-            submitted,
-            np.array([job.size_gpu_s for job, _ in rows], dtype=np.float64),
-            np.array([line.smallest for line in lines], dtype=np.float64),
-            np.array([most for _, most in rows], dtype=np.int32),
-            np.array([line.row for line in lines], dtype=np.int32),
-            speeds,
-            np.ones(len(rows)),
-            effective,
-        )
+    def _owner(self, name: str) -> int:
+        """Index of an owner's quota, -1 if none binds it."""
+        if not self.rules.quota(name):
+            return -1
+        return self._owners.setdefault(name, len(self._owners))
 
-    def _progress(self, jobs: list[Job], now: float) -> Progress:
-        def column(values: Iterable[float]) -> Array:
-            return np.array(list(values), dtype=np.float64)
+    def _write(self, job: Job) -> None:
+        """What the columns say of a job."""
+        columns, line = self._columns, self._lines[job.id]
+        at = columns.at(job.id)
+        columns.submit_s[at] = job.submitted_s
+        columns.size_gpu_s[at] = job.size_gpu_s
+        columns.left_gpu_s[at] = self.left(job)
+        columns.smallest[at], columns.largest[at] = line.smallest, line.largest
+        columns.table[at] = line.row
+        columns.pool[at] = self.types.index(job.pool)
+        columns.owner[at] = self._owner(job.spec.owner)
+        columns.grant[at] = job.gpus if job.state in HOLDING else 0
+        columns.stall_until_s[at] = job.stall_until_s
+        columns.since_s[at] = job.run_since_s
+        columns.started[at] = job.epoch > 0
 
-        running = [job.state in HOLDING for job in jobs]
-        pairs = list(zip(jobs, running, strict=True))
-        return Progress(
-            column(self.left(job) for job in jobs),
-            column(job.gpus if runs else 0 for job, runs in pairs),
-            column(max(0.0, job.stall_until_s - now) if runs else 0 for job, runs in pairs),
-            column(job.run_since_s if runs else 0 for job, runs in pairs),
-            column(job.contention or float(len(jobs)) for job in jobs),
-            column(job.decisions or 1.0 for job in jobs),
-            np.array([job.epoch > 0 for job in jobs], dtype=np.uint8),
-        )
+    def _settle_rows(self) -> None:
+        for number in [*self._changed, *self._holding]:
+            if number in self.jobs:
+                self._write(self.jobs[number])
+        self._changed.clear()
 
     def _advance(self, job: Job, now: float) -> None:
         """Books the work of a run up to now."""
@@ -734,23 +903,33 @@ class Ledger:
         if state not in TRANSITIONS[job.state]:
             story = "; ".join(self._story.get(job.id, ()))
             raise StateError(f"job {job.id}: {job.state.value} -> {state.value}; before: {story}")
+        self.counts[job.state] -= 1
+        self.counts[state] += 1
         job.state = state
-        if state not in HOLDING:
+        self._fresh.pop(job.id, None)
+        if state in HOLDING:
+            self._holding[job.id] = job
+        else:
+            self._holding.pop(job.id, None)
             job.purpose = ""
         self._note(job, now, text)
 
     def _note(self, job: Job, now: float, text: str) -> None:
         self._dirty[job.id] = job
+        self._changed.add(job.id)
         state = job.state.value
         self._events.append(Event(job.id, now, state, job.epoch, text))
         self._story.setdefault(job.id, deque(maxlen=STORY)).append(f"{state}@{now:g} {text}")
 
     def _drop(self, job_id: int) -> None:
         self.jobs.pop(job_id, None)
-        self._lines.pop(job_id, None)
-        self._story.pop(job_id, None)
-        self._grants.pop(job_id, None)
-        self.held.pop(job_id, None)
+        for kept in (self._story, self._grants, self.held, self._holding, self._fresh):
+            kept.pop(job_id, None)
+        line = self._lines.pop(job_id, None)
+        if line is not None:
+            self._tables.release(line.row)
+        self._columns.drop(job_id)
+        self._changed.discard(job_id)
 
 
 def _places(job: Job) -> str:

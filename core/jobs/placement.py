@@ -15,11 +15,12 @@ from intentd.core.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """GPUs of one host. drained: keeps what runs, takes nothing new."""
+    """GPUs of one host, all of one type. drained: keeps what runs, takes nothing new."""
 
     name: str
     gpus: int
     drained: bool = False
+    gpu_type: str = ""
 
 
 Placement = dict[str, int]  # node -> GPUs

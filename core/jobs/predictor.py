@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from intentd.core.sim.jobs import Snapshot
 Array = NDArray[np.float64]
 CLASSES: Final = 5
 HELD: Final = 16384  # predictions kept for learning, at least
+KEPT_ROWS: Final = 4096  # of these, kept over a restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,38 @@ class Calibrator:
             for kept, count in zip(self._kept.tolist(), self._results.tolist(), strict=True)
         ]
 
+    def state(self, rows: int = KEPT_ROWS) -> dict[str, Any]:
+        """All it learned, of the newest predictions, as JSON-ready types; see ``restore``."""
+        count = len(self._keys)
+        first = max(0, count - rows)
+        plain: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name in ("tuning", "_row"):
+                continue
+            if isinstance(value, np.ndarray):
+                value = (value[first:count] if len(value) == 2 * HELD else value).tolist()
+            elif isinstance(value, list):
+                value = value[first:] if name == "_keys" else list(value)
+            plain[name] = value
+        return plain
+
+    def restore(self, plain: object) -> bool:
+        """Takes what ``state`` gave. False, and nothing changed, if it is another version's."""
+        mine = set(vars(self)) - {"tuning", "_row"}
+        if not isinstance(plain, Mapping) or set(plain) != mine:
+            return False
+        count = len(plain["_keys"])
+        for name, kept in plain.items():
+            value = getattr(self, name)
+            if not isinstance(value, np.ndarray):
+                setattr(self, name, list(kept) if isinstance(value, list) else type(value)(kept))
+            elif len(value) == 2 * HELD:
+                value[:count] = kept
+            else:
+                value[:] = kept
+        self._row = {key: row for row, key in enumerate(self._keys)}
+        return True
+
     def _bounds(self, plain: float, factor: float, median: float, size_class: int) -> Bounds:
         reach = max(1.0, factor * math.exp(float(self._correction[size_class])))
         middle = plain * (median if self._median_helps() else 1.0)
@@ -284,6 +317,14 @@ class WhatIf:
     delays_s: dict[Hashable, float]
 
 
+class Moved(NamedTuple):
+    """A job whose play-out ends elsewhere than when it was last predicted."""
+
+    job: Hashable
+    finish_s: float
+    size_gpu_s: float
+
+
 @dataclass(slots=True)
 class Predictor:
     """The daemon's predictor: play-out, calibration, and re-issue when something changed.
@@ -295,16 +336,20 @@ class Predictor:
     calibrator: Calibrator = field(default_factory=Calibrator)
     tolerance: float = 0.02
     issued: dict[Hashable, Prediction] = field(default_factory=dict)
+    _ends: dict[Hashable, float] = field(default_factory=dict)  # play-outs the issued ones rest on
 
-    def submit(self, snapshot: Snapshot, keys: Sequence[Hashable]) -> Prediction:
-        """The prediction of the job that just arrived: the last of the snapshot."""
-        finish = self._finishes(snapshot, keys)
+    def submit(
+        self, snapshot: Snapshot, keys: Sequence[Hashable], ends_s: Array | None = None
+    ) -> Prediction:
+        """The prediction of the job that just arrived: the last of the snapshot. ends_s: its
+        play-out, where that was done elsewhere (it may take long: in a thread)."""
+        finish = self._finishes(snapshot, keys) if ends_s is None else ends_s
         job, at = keys[-1], len(keys) - 1
         size = float(snapshot.jobs.sizes_gpu_s[at])
         self.calibrator.review(snapshot.now_s, dict(zip(keys[:-1], finish[:-1], strict=True)))
         bounds = self.calibrator.issue(job, snapshot.now_s, float(finish[at]), size)
         prediction = _absolute(job, snapshot.now_s, bounds, "submitted")
-        self.issued[job] = prediction
+        self.issued[job], self._ends[job] = prediction, float(finish[at])
         return prediction
 
     def refresh(
@@ -316,34 +361,58 @@ class Predictor:
     ) -> list[Prediction]:
         """Re-issues what changed, with the cause ("node n3 lost", "policy 1.7 applied", ...).
         anew: jobs whose prediction is re-issued however little it moved."""
-        finish = self._finishes(snapshot, keys)
+        return self.reissue(snapshot.now_s, self.moved(snapshot, keys, anew), cause)
+
+    def moved(
+        self,
+        snapshot: Snapshot,
+        keys: Sequence[Hashable],
+        anew: Collection[Hashable] = (),
+        ends_s: Array | None = None,
+    ) -> list[Moved]:
+        """Plays the cluster out, learns from it, and says whose end moved since its prediction:
+        what ``reissue`` takes, in pieces where a thousand at once would hold a loop up. ends_s: as
+        in submit."""
+        finish = self._finishes(snapshot, keys) if ends_s is None else ends_s
         now = snapshot.now_s
         self.calibrator.review(now, dict(zip(keys, finish, strict=True)))
         sizes = snapshot.jobs.sizes_gpu_s
-        changed = []
-        for at, job in enumerate(keys):
-            bounds = self.calibrator.again(now, float(finish[at]), float(sizes[at]))
-            fresh = _absolute(job, now, bounds, cause)
-            known = self.issued.get(job)
-            slack = max(60.0, self.tolerance * max(fresh.p50_s - now, 0.0))
-            if known is None or job in anew or abs(fresh.p50_s - known.p50_s) > slack:
-                self.issued[job] = fresh
-                changed.append(fresh)
-        return changed
+        before = np.array([self._ends.get(job, math.nan) for job in keys])
+        slack = np.maximum(60.0, self.tolerance * np.maximum(finish - now, 0.0))
+        changed = ~(np.abs(finish - before) <= slack)
+        return [
+            Moved(job, float(finish[at]), float(sizes[at]))
+            for at, job in enumerate(keys)
+            if changed[at] or job in anew
+        ]
+
+    def reissue(self, now_s: float, moved: Sequence[Moved], cause: str) -> list[Prediction]:
+        """New predictions of jobs whose play-out ends elsewhere now."""
+        fresh = []
+        for job, finish_s, size in moved:
+            bounds = self.calibrator.again(now_s, finish_s, size)
+            prediction = _absolute(job, now_s, bounds, cause)
+            self.issued[job], self._ends[job] = prediction, finish_s
+            fresh.append(prediction)
+        return fresh
 
     def finished(self, job: Hashable, at_s: float) -> None:
         """The job ended, or was cancelled."""
         self.issued.pop(job, None)
+        self._ends.pop(job, None)
         self.calibrator.finished(job, at_s)
 
-    def what_if(self, snapshot: Snapshot, keys: Sequence[Hashable], candidate: JobTable) -> WhatIf:
+    def what_if(
+        self, snapshot: Snapshot, keys: Sequence[Hashable], candidate: JobTable, owner: int = -1
+    ) -> WhatIf:
         """Plays the cluster out with and without one more job; nothing is recorded.
 
         candidate: one job, its speeds among the snapshot's tables (see allocator.table_of).
+        owner: index of its owner's quota.
         """
         if len(candidate) != 1:
             raise InputError("candidate", len(candidate), "one job")
-        after = snapshot.with_job(candidate).play_out()
+        after = snapshot.with_job(candidate, owner).play_out()
         before = snapshot.play_out() if len(keys) else np.zeros(0)
         delays = dict(zip(keys, (after[:-1] - before).tolist(), strict=True))
         size = float(candidate.sizes_gpu_s[0])

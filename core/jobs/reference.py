@@ -6,6 +6,7 @@ in arrival order. Same signature as the compiled ``run``.
 
 from __future__ import annotations
 
+import bisect
 import math
 from functools import partial
 from typing import Any
@@ -49,6 +50,11 @@ class Engine:
         self.lease_at, self.exact, self.decisions = self.now + self.lease_s, False, 0
         self.failures = arrays[18].reshape(-1, 2).tolist()
         self.predict, self.arrays = arrays[19], arrays
+        self.owner: list[int] = arrays[29].tolist() or [-1] * n
+        self.quota: list[float] = arrays[30].tolist()
+        self.used = [0.0] * len(self.quota)
+        self.held: list[int] = []
+        self.most, self.gmax = self.gmax, self.gmax.copy()
 
     def load(self) -> None:
         active, left, grant, stall, since, seen, count, started = self.arrays[10:18]
@@ -56,15 +62,46 @@ class Engine:
             if not active[j]:
                 break
             self.next = j + 1
-            self.active.append(j)
             self.remaining[j], self.stall[j] = float(left[j]), float(stall[j])
             self.since[j] = self.saved[j] = float(since[j])
             self.seen0[j], self.events0[j] = float(seen[j]), float(count[j])
             self.started[j] = self.preempted[j] = bool(started[j])
-            if grant[j] > 0:
+        for j in sorted(range(self.next), key=lambda j: grant[j] <= 0):
+            self.admit(j)
+        for j in range(self.next):
+            if grant[j] > 0 and j not in self.held:
                 self.grant[j], self.rate[j] = float(grant[j]), self.speed(j, float(grant[j]))
                 self.started[j], self.preempted[j] = True, False
                 self.run.append(j)
+
+    # -- quotas of owners ----------------------------------------------------------------
+
+    def admit(self, j: int) -> None:
+        owner = self.owner[j]
+        if owner >= 0:
+            if self.used[owner] + self.least(j) > self.quota[owner] + NEAR:
+                bisect.insort(self.held, j)
+                return
+            self.used[owner] += self.least(j)
+        bisect.insort(self.active, j)
+
+    def make_room(self, j: int) -> None:
+        if self.owner[j] < 0:
+            return
+        self.used[self.owner[j]] -= self.least(j)
+        waiting = [k for k in self.held if self.owner[k] == self.owner[j]]
+        self.held = [k for k in self.held if self.owner[k] != self.owner[j]]
+        for k in waiting:
+            self.admit(k)
+
+    def cap_owners(self) -> None:
+        left = [quota - used for quota, used in zip(self.quota, self.used, strict=True)]
+        for j in self.active:
+            owner = self.owner[j]
+            if owner >= 0:
+                more = min(int(self.most[j]) - self.least(j), max(0, int(left[owner] + NEAR)))
+                left[owner] -= more
+                self.gmax[j] = self.least(j) + more
 
     # -- what a job is worth -------------------------------------------------------------
 
@@ -315,6 +352,8 @@ class Engine:
 
     def decide(self) -> None:
         self.decisions += 1
+        if self.quota:
+            self.cap_owners()
         grants = self.allocate()
         for j in self.run:
             if j not in grants:
@@ -360,6 +399,7 @@ class Engine:
             seen = (self.area - self.area0[j]) / lived if lived > 0 else len(self.active) + 1
             fair = self.size[j] / self.speed(j, self.capacity / max(1.0, seen))
         self.arrays[22][j] = fair
+        self.make_room(j)
 
     def draw(self) -> float:
         self.seed = z = (self.seed + 0x9E3779B97F4A7C15) & _MASK
@@ -427,14 +467,14 @@ class Engine:
             if kind == 4 and self.every > 0 and self.next % self.every == 0:
                 row = (self.next // self.every - 1) * self.n
                 self.arrays[28][row : row + self.n] = self.play_out(-1)[1]
-        return 0
+        return -1 if self.held else 0
 
     def arrive(self) -> None:
         j = self.next
         self.next += 1
         self.seen0[j] = len(self.active) + 1 - self.seen
         self.events0[j], self.area0[j] = 1 - self.events, self.area
-        self.active.append(j)
+        self.admit(j)
 
     def play_out(self, target: int) -> tuple[float, Any]:
         """When the target ends if nothing else arrives, and when each job does."""
@@ -474,6 +514,8 @@ def _water(capacity: float, pairs: list[tuple[float, float]]) -> list[float]:
 def run(mode: int, numbers: Any, arrays: tuple[Any, ...]) -> int:
     """As the compiled run: mode 0 decides once, 1 plays on; answers go into the arrays."""
     engine = Engine(numbers, arrays)
+    if engine.quota and (engine.every or engine.predict.any()):
+        raise ValueError("quotas and predictions inside a run do not go together")
     engine.load()
     if mode == 0 or engine.active:
         engine.decide()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from intentd.core.errors import InputError
-from intentd.core.jobs.demand import MAX_GPUS, DemandFunction, from_table, linear
+from intentd.core.jobs.demand import MAX_GPUS, DemandFunction, from_table, from_tables, linear
 
 MAX_COMMAND: Final = 1024
 MAX_ENVIRONMENT: Final = 512
@@ -21,6 +21,7 @@ MAX_ARRAY: Final = 1000
 MAX_GRACE_S: Final = 3600.0
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
+_PLACE: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}(/[1-9][0-9]{0,3})?\Z")
 RESERVED: Final = "INTENTD_"
 SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
@@ -30,7 +31,9 @@ class JobSpec:
     """One job as submitted. Build with ``spec_from_plain``.
 
     demand: GPUs -> seconds, as measured; empty: linear on size_gpu_s; both absent: the size is
-    learned from finished jobs of the same owner and name. speeds: a named profile, filled in by
+    learned from finished jobs of the same owner and name. demand_by: the same by "type" or
+    "type/nodes" (from so many nodes on), instead of demand. gpu_types: those it may use, empty for
+    all it has a demand for. speeds: a named profile, filled in by
     whoever knows it. trials: independent runs inside, told to the job. checkpoint_signal asks
     the job to save and end within grace_s, then it is killed. time_limit_s: of running, over
     all its runs; 0: none. retries: restarts after a lost node or process.
@@ -44,6 +47,8 @@ class JobSpec:
     min_gpus: int = 1
     max_gpus: int = 1
     demand: Mapping[int, float] = field(default_factory=dict)
+    demand_by: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    gpu_types: tuple[str, ...] = ()
     size_gpu_s: float = 0.0
     profile: str = ""
     speeds: tuple[float, ...] = ()
@@ -57,6 +62,14 @@ class JobSpec:
 
     def function(self, learned_size_gpu_s: float) -> DemandFunction:
         """Its demand function. Raises InputError (empty, negative, NaN, minimum missing)."""
+        if self.demand_by:
+            most = max(max(table) for table in self.demand_by.values())
+            tables = {_key(name): dict(table) for name, table in self.demand_by.items()}
+            return from_tables(
+                tables,  # type: ignore[arg-type]  # keys narrower than untrusted ones
+                smallest=self.min_gpus,
+                largest=min(self.max_gpus, most),
+            )
         if self.demand:
             table: dict[object, object] = {gpus: s for gpus, s in self.demand.items()}  # noqa: C416  widens the key type
             return from_table(table, smallest=self.min_gpus, largest=self._largest())
@@ -86,7 +99,13 @@ def spec_to_plain(spec: JobSpec) -> dict[str, Any]:
     plain["env"] = dict(spec.env)
     plain["labels"] = dict(spec.labels)
     table = {str(gpus): seconds for gpus, seconds in spec.demand.items()}
-    plain["demand"] = table or None
+    by = {
+        name: {str(gpus): seconds for gpus, seconds in rows.items()}
+        for name, rows in spec.demand_by.items()
+    }
+    plain["demand"] = by or table or None
+    del plain["demand_by"]
+    plain["gpu_types"] = list(spec.gpu_types)
     return plain
 
 
@@ -96,19 +115,20 @@ def spec_from_plain(
     """For untrusted input. profiles: name -> speed at 0..n GPUs. Raises InputError."""
     if not isinstance(plain, Mapping):
         raise InputError("job", plain, "a table of fields")
-    known = {item.name for item in fields(JobSpec)}
+    known = {item.name for item in fields(JobSpec)} - {"demand_by"}
     for name in plain:
         if name not in known:
             raise InputError(str(name)[:80], plain[name], f"one of {', '.join(sorted(known))}")
     given = dict(plain)
     min_gpus = _whole(given, "min_gpus", 1, 1, MAX_GPUS)
-    table = _demand(given.get("demand"))
-    default_most = max(table) if table else min_gpus
+    table, by = _demands(given.get("demand"))
+    known_most = [max(rows) for rows in (table, *by.values()) if rows]
+    default_most = max(known_most, default=min_gpus)
     max_gpus = _whole(given, "max_gpus", default_most, 1, MAX_GPUS)
     if max_gpus < min_gpus:
         raise InputError("max_gpus", max_gpus, f"at least min_gpus ({min_gpus})")
     size = _seconds(given, "size_gpu_s", 0.0, math.inf)
-    if table and size:
+    if (table or by) and size:
         raise InputError("size_gpu_s", size, "demand or size_gpu_s, not both")
     profile, speeds = _profile(given, profiles or {})
     chosen = str(given.get("checkpoint_signal", "SIGTERM")).upper()
@@ -124,6 +144,8 @@ def spec_from_plain(
         min_gpus=min_gpus,
         max_gpus=max_gpus,
         demand=table,
+        demand_by=by,
+        gpu_types=_types(given.get("gpu_types") or ()),
         size_gpu_s=size,
         profile=profile,
         speeds=speeds,
@@ -212,6 +234,38 @@ def _labels(value: object) -> dict[str, str]:
     return dict(value)
 
 
+def _key(name: str) -> tuple[str, int]:
+    """("v100", 2) of "v100/2"."""
+    gpu_type, _, nodes = name.partition("/")
+    return gpu_type, int(nodes or 1)
+
+
+def _types(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_LABELS:
+        raise InputError("gpu_types", value, "a list of GPU types")
+    return tuple(_name({"gpu_types": name}, "gpu_types", "") for name in value)
+
+
+def _demands(value: object) -> tuple[dict[int, float], dict[str, dict[int, float]]]:
+    """One table, or one by "type" or "type/nodes"."""
+    if not isinstance(value, Mapping) or not any(isinstance(v, Mapping) for v in value.values()):
+        return _demand(value), {}
+    by: dict[str, dict[int, float]] = {}
+    for name, table in value.items():
+        if not isinstance(name, str) or not _PLACE.match(name) or len(by) >= MAX_LABELS:
+            raise InputError("demand", f"{name!s:.80}", "a GPU type, or type/nodes")
+        try:
+            by[name] = _demand(table if table is not None else {})
+        except InputError as error:
+            where = error.field.removeprefix("demand")
+            raise InputError(f"demand.{name}{where}", error.value, error.expected) from None
+    for name in by:
+        gpu_type, nodes = _key(name)
+        if nodes > 1 and gpu_type not in by and f"{gpu_type}/1" not in by:
+            raise InputError("demand", name, f"an entry for {gpu_type} on one node too")
+    return {}, by
+
+
 def _demand(value: object) -> dict[int, float]:
     if value is None:
         return {}
@@ -235,7 +289,7 @@ def _profile(
     name = given.get("profile", "")
     if not name:
         return "", ()
-    if given.get("demand"):
+    if given.get("demand") is not None:
         raise InputError("profile", name, "demand or profile, not both")
     speeds = tuple(given.get("speeds") or profiles.get(name) or ())
     if not speeds:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from intentd.core.errors import InputError
 from intentd.core.jobs import allocator
-from intentd.core.jobs.allocator import JobTable, Outcome, Progress
+from intentd.core.jobs.allocator import JobTable, Outcome, Progress, Quotas
 from intentd.core.jobs.metrics import Measured, summarised
 from intentd.core.jobs.policy import FREE, Costs, JobsPolicy
 
@@ -220,6 +220,7 @@ class Snapshot:
     gpus: float
     policy: JobsPolicy
     costs: Costs = FREE
+    quotas: Quotas | None = None
 
     def play_out(self) -> Array:
         """Absolute finish time of each job if nothing else arrives."""
@@ -230,10 +231,14 @@ class Snapshot:
             now_s=self.now_s,
             progress=self.progress,
             costs=self.costs,
+            quotas=self.quotas,
         )
 
-    def with_job(self, candidate: JobTable) -> Snapshot:
-        """The same moment with one more job that has just arrived (same speed tables)."""
+    def with_job(self, candidate: JobTable, owner: int = -1) -> Snapshot:
+        """The same moment with one more job that has just arrived (same speed tables).
+
+        owner: index of its quota.
+        """
 
         def joined(name: str) -> Any:
             return np.concatenate([getattr(self.jobs, name), getattr(candidate, name)])
@@ -254,4 +259,8 @@ class Snapshot:
             name: np.concatenate([getattr(self.progress, name), getattr(new, name)])
             for name in Progress.__slots__
         }
-        return replace(self, jobs=both, progress=Progress(**rows))
+        quotas = self.quotas
+        if quotas is not None:
+            owners = np.append(quotas.owner, np.int32(owner)).astype(np.int32)
+            quotas = replace(quotas, owner=owners)
+        return replace(self, jobs=both, progress=Progress(**rows), quotas=quotas)

@@ -37,6 +37,9 @@ SizeOption = Annotated[
 DemandOption = Annotated[
     str, typer.Option(help="Measured seconds by GPUs: 1=100,2=60,4=40 instead of --size.")
 ]
+TypeOption = Annotated[
+    list[str] | None, typer.Option("--gpu-type", help="GPU type it may use; repeatable.")
+]
 ProfileOption = Annotated[str, typer.Option(help="Named demand of the daemon's configuration.")]
 
 
@@ -50,6 +53,7 @@ def submit(
     size: SizeOption = "",
     demand: DemandOption = "",
     profile: ProfileOption = "",
+    gpu_type: TypeOption = None,
     env: Annotated[list[str] | None, typer.Option("--env", help="NAME=VALUE.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE.")] = None,
     workdir: Annotated[str, typer.Option(help="Where it runs (default: its own).")] = "",
@@ -64,6 +68,7 @@ def submit(
     """Submit a job; prints its number and when it will be done."""
     fields = _fields(command, file, name, owner, gpus, size, demand, profile)
     optional: dict[str, Any] = {
+        "gpu_types": gpu_type or [],
         "env": _pairs(env, "--env"),
         "labels": _pairs(label, "--label"),
         "workdir": str(Path(workdir).absolute()) if workdir else "",
@@ -74,7 +79,9 @@ def submit(
         "retries": retries,
         "array": array,
     }
-    fields.update({key: value for key, value in optional.items() if value not in (None, "", {}, 0)})
+    fields.update(
+        {key: value for key, value in optional.items() if value not in (None, "", {}, [], 0)}
+    )
     if retries == 0:
         fields["retries"] = 0
     answer = admin_client("gpu").call("jobs.submit", **fields)
@@ -114,10 +121,13 @@ def predict(
     size: SizeOption = "",
     demand: DemandOption = "",
     profile: ProfileOption = "",
+    gpu_type: TypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """When a job would be done if it were submitted now."""
     fields = _fields(command, file, name, owner, gpus, size, demand, profile)
+    if gpu_type:
+        fields["gpu_types"] = gpu_type
     _predict(fields, as_json)
 
 

@@ -85,9 +85,9 @@ async def answer_to(
         case "submit":
             return await service.submit(args, caller)
         case "predict" | "what-if":
-            return service.predict(args, caller)
+            return await service.predict(args, caller)
         case "list":
-            return service.list_jobs(args, caller)
+            return await service.list_jobs(args, caller)
         case "show":
             return service.show(args, caller)
         case "cancel":

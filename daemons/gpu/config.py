@@ -18,6 +18,11 @@ class NodeSection(Section):
 
     name: str = Field(description="Its name.", pattern=r"^[A-Za-z0-9_.\-]{1,64}$")
     gpus: int = Field(description="GPUs it has.", ge=1, le=4096)
+    gpu_type: str = Field(
+        default="",
+        description="Their type. Several types are pools, each with its own weights.",
+        pattern=r"^[A-Za-z0-9_.\-]{0,64}$",
+    )
 
 
 class CostsSection(Section):
@@ -115,7 +120,7 @@ class JobsSection(Section):
         return self
 
     def placement(self) -> list[Node]:
-        return [Node(node.name, node.gpus) for node in self.nodes]
+        return [Node(node.name, node.gpus, gpu_type=node.gpu_type) for node in self.nodes]
 
     def rules(self, hold_growth_s: float) -> Rules:
         return Rules(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import math
 import os
 import pwd
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -30,7 +32,7 @@ from intentd.daemons.gpu.store import JobStore
 from intentd.daemons.kit.admin import AdminRefusedError, peer_uid
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Store, StoreError
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -118,6 +120,9 @@ class GpuDaemon(Daemon[GpuConfig]):
             await self._link.stop()
         if self._executor is not None:
             await self._executor.close()
+        if self._store is not None and self.scheduler is not None:
+            keep = self._keep_calibration(self.scheduler, self._store)
+            await self._store.store.run(keep)
         if self._store is not None:
             self._store.store.close()
 
@@ -185,6 +190,8 @@ class GpuDaemon(Daemon[GpuConfig]):
                 if node not in ledger.nodes:
                     raise ConfigError("jobs.nodes", node, f"the node job {job.id} runs on")
             ledger.restore(job)
+        if not scheduler.predictor.calibrator.restore(facts.get("calibrator")):
+            _log.info("predictions are calibrated anew", extra={"known": "calibrator" in facts})
         for job in store.newest(KEPT):
             scheduler.history.arrived(ledger.arrival(job))
             if job.state in OVER:
@@ -195,7 +202,9 @@ class GpuDaemon(Daemon[GpuConfig]):
         """Nodes of a cluster come by themselves; until then those seen last are taken as there."""
         ledger.lost.update(name for name in ledger.nodes if name not in known)
         for name, gpus in known.items():
-            ledger.node_joined(Node(name, gpus))
+            before = ledger.nodes.get(name)
+            gpu_type = before.gpu_type if before is not None else ""
+            ledger.node_joined(Node(name, gpus, gpu_type=gpu_type))
         for job in store.unfinished():
             for name, indices in job.devices.items():
                 if name not in ledger.nodes:
@@ -251,6 +260,18 @@ class GpuDaemon(Daemon[GpuConfig]):
                 next_prune_s = self.kit.clock.now() + PRUNE_S
                 for job in await store.store.run(self._prune):
                     self._executor.forget(job)
+                await store.store.run(self._keep_calibration(scheduler, store))
+
+    @staticmethod
+    def _keep_calibration(scheduler: Scheduler, store: JobStore) -> Callable[[Store], None]:
+        """Best effort: what a minute taught may be lost."""
+        state = scheduler.predictor.calibrator.state()
+
+        def keep(_store: Store) -> None:
+            with contextlib.suppress(StoreError):
+                store.commit([], [], {"calibrator": state})
+
+        return keep
 
     def _prune(self, _store: Store) -> list[int]:
         return self._store.prune(self.config.output.keep_jobs) if self._store is not None else []

@@ -13,15 +13,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from intentd.core.errors import InputError, IntentdError
-from intentd.core.jobs.allocator import Progress
-from intentd.core.jobs.job import HOLDING, OVER, Event, Instruction, Job, Start, State
+from intentd.core.jobs.job import HOLDING, OVER, Event, Instruction, Job, Start
 from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.placement import Node
-from intentd.core.jobs.predictor import Prediction, Predictor
+from intentd.core.jobs.predictor import Prediction, Predictor, WhatIf
 from intentd.core.jobs.spec import JobSpec
 from intentd.daemons.gpu.executors import Executor
 from intentd.daemons.gpu.history import Reporter
@@ -38,6 +37,7 @@ RETRY_S: Final = 1.0
 REFRESH_S: Final = 1.0
 IDLE_S: Final = 60.0
 ISSUED_ALONE: Final = 16  # submissions of one batch that get a play-out each
+REISSUED_AT_ONCE: Final = 64
 PREDICTED_JOBS: Final = 4000  # with more unfinished ones predictions would hold the loop up
 
 
@@ -139,7 +139,8 @@ class Scheduler:
         def join(ledger: Ledger, now: float) -> None:
             known = ledger.nodes.get(node)
             drained = known is not None and known.drained
-            ledger.node_joined(Node(node, gpus, drained))
+            gpu_type = known.gpu_type if known is not None else ""
+            ledger.node_joined(Node(node, gpus, drained, gpu_type))
             self._remember_nodes()
 
         self.post(join, f"node {node} joined")
@@ -180,13 +181,13 @@ class Scheduler:
             if not await self._commit():
                 self._refuse(done)
                 continue
-            self._acknowledge(done)
+            await self._acknowledge(done)
             began = time.perf_counter()
             self._orders += self.ledger.decide(self.now())
             self.decide_s = time.perf_counter() - began
             self._collect()
             if await self._commit():
-                self._refresh()
+                await self._refresh()
 
     async def _take(self) -> list[_Change]:
         """The next changes, or none when a timer is due."""
@@ -262,13 +263,13 @@ class Scheduler:
         self.history.ended(job.id, job.worked_gpu_s)
         _log.info("job over", extra={"job": job.id, "state": job.state.value, "why": job.detail})
 
-    def _acknowledge(self, done: list[tuple[_Change, Any]]) -> None:
+    async def _acknowledge(self, done: list[tuple[_Change, Any]]) -> None:
         fresh = [job for change, jobs in done if change.submitted for job in jobs]
         if fresh:
             self.counts["submitted"] += len(fresh)
             for job in fresh:
                 self.history.arrived(self.ledger.arrival(job))
-            self._predict(fresh)
+            await self._predict(fresh)
         for change, result in done:
             if change.answer is not None and not change.answer.done():
                 change.answer.set_result(result)
@@ -298,21 +299,22 @@ class Scheduler:
 
     # -- predictions ---------------------------------------------------------------------------
 
-    def _predict(self, fresh: list[Job]) -> None:
+    async def _predict(self, fresh: list[Job]) -> None:
         """The first prediction of new jobs; beyond a few at once they are issued together."""
         if len(self.ledger.jobs) > PREDICTED_JOBS:
             return
         began = time.perf_counter()
         issued: list[Prediction] = []
         for job in fresh[:ISSUED_ALONE]:
-            snapshot, keys = self.ledger.snapshot(self.now(), upto=job.id)
+            snapshot, keys = self.ledger.snapshot(self.now(), upto=job.id, pool=job.pool)
             if keys and keys[-1] == job.id:
-                issued.append(self.predictor.submit(snapshot, keys))
+                ends = await asyncio.to_thread(snapshot.play_out)
+                issued.append(self.predictor.submit(snapshot, keys, ends))
         self.predict_s = time.perf_counter() - began
         self._save_predictions(issued)
         self._causes.append(f"job {fresh[0].id} submitted")
 
-    def _refresh(self) -> None:
+    async def _refresh(self) -> None:
         """Re-issues predictions that moved, at most once a second, with the first causes."""
         now = self.now()
         if not self._causes or now - self._refreshed_s < REFRESH_S:
@@ -322,10 +324,17 @@ class Scheduler:
         self._causes, self._refreshed_s = [], now
         if len(self.ledger.jobs) > PREDICTED_JOBS:
             return
-        snapshot, keys = self.ledger.snapshot(now)
-        if keys:
-            hit, self._hit = self._hit, set()
-            self._save_predictions(self.predictor.refresh(snapshot, keys, cause, hit))
+        hit, self._hit = self._hit, set()
+        for pool in self.ledger.types:
+            snapshot, keys = self.ledger.snapshot(now, pool=pool)
+            if not keys:
+                continue
+            ends = await asyncio.to_thread(snapshot.play_out)
+            moved = self.predictor.moved(snapshot, keys, hit, ends)
+            for at in range(0, len(moved), REISSUED_AT_ONCE):
+                piece = moved[at : at + REISSUED_AT_ONCE]
+                self._save_predictions(self.predictor.reissue(now, piece, cause))
+                await asyncio.sleep(0)  # the books rest meanwhile, the doors do not
 
     def _save_predictions(self, predictions: list[Prediction]) -> None:
         """Best effort: a prediction that is not on disk is made again after a restart."""
@@ -336,27 +345,27 @@ class Scheduler:
         )
         done.add_done_callback(_heard)
 
-    def what_if(self, spec: JobSpec) -> tuple[Prediction, dict[int, float]]:
-        """The prediction of a job not submitted, and by how many seconds it delays others."""
-        snapshot, keys = self.ledger.snapshot(self.now(), spec)
-        count = len(keys) - 1
-        candidate = snapshot.jobs.take(slice(count, count + 1))
-        columns = {name: getattr(snapshot.progress, name)[:count] for name in Progress.__slots__}
-        before = replace(
-            snapshot, jobs=snapshot.jobs.take(slice(0, count)), progress=Progress(**columns)
-        )
-        found = self.predictor.what_if(before, keys[:-1], candidate)
-        return found.prediction, {int(str(job)): late for job, late in found.delays_s.items()}
+    async def what_if(self, spec: JobSpec) -> tuple[Prediction, dict[int, float], str]:
+        """The prediction of a job not submitted, by how many seconds it delays others, and the
+        GPU type it would run on. Raises InputError for one that cannot run now."""
+        now, ledger = self.now(), self.ledger
+        ledger.check(spec)
+        pools = ledger.pools_for(spec) or ledger.types[:1]
+        found: list[tuple[WhatIf, str]] = []
+        for pool in pools:
+            candidate, owner = ledger.candidate(spec, now, pool)
+            before, keys = ledger.snapshot(now, pool=pool)
+            judge = self.predictor.what_if
+            found.append((await asyncio.to_thread(judge, before, keys, candidate, owner), pool))
+        best, pool = min(found, key=lambda item: item[0].prediction.p50_s)
+        return best.prediction, {int(str(job)): by for job, by in best.delays_s.items()}, pool
 
     def set_fact(self, name: str, value: Any) -> None:
         """Stored with the next commit."""
         self._facts[name] = value
 
     def state_counts(self) -> dict[str, int]:
-        counts = {state.value: 0 for state in State if state not in OVER}
-        for job in self.ledger.jobs.values():
-            counts[job.state.value] += 1
-        return counts
+        return {state.value: n for state, n in self.ledger.counts.items() if state not in OVER}
 
 
 def _fail(answer: asyncio.Future[Any], error: Exception) -> None:

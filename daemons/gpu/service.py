@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from collections.abc import Mapping
@@ -63,21 +64,23 @@ class Service:
             "warnings": list(warnings),
         }
 
-    def predict(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+    async def predict(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """The prediction of a job that is not submitted, and its effect on the others."""
         given = {"command": ["none"], **args}
         given.pop("array", None)
-        prediction, delays = self.scheduler.what_if(self._spec(given, caller))
+        prediction, delays, pool = await self.scheduler.what_if(self._spec(given, caller))
         late = {job: round(by, 3) for job, by in delays.items() if abs(by) > 0.5}
         return {
             "predicted": self._prediction(prediction),
+            "gpu_type": pool,
             "delayed_jobs": len(late),
             "largest_delay_s": max(late.values(), default=0.0),
             "delays_s": dict(sorted(late.items(), key=lambda item: -item[1])[:50]),
         }
 
-    def list_jobs(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Newest first. args: state (list), owner, name, label (name=value), before, limit."""
+    async def list_jobs(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Newest first. args: state (list), owner, name, label (name=value or name), before,
+        limit."""
         states = args.get("state") or []
         states = [states] if isinstance(states, str) else list(states)
         known = [state.value for state in State]
@@ -89,17 +92,15 @@ class Service:
         if "unfinished" in states:
             states += [state.value for state in State if state not in OVER]
         limit = _number(args, "limit", 100, 1, MAX_PAGE)
-        rows = self.scheduler.store.page(
+        rows = await asyncio.to_thread(  # a search by label looks at every job
+            self.scheduler.store.page,
             states=[state for state in states if state != "unfinished"],
             owner=str(args.get("owner", "")),
             name=str(args.get("name", "")),
+            label=str(args.get("label", "")),
             before=_number(args, "before", 0, 0, 2**53),
             limit=limit,
         )
-        label = str(args.get("label", ""))
-        if label:
-            name, _, value = label.partition("=")
-            rows = [row for row in rows if row["spec"]["labels"].get(name) == value]
         return {
             "jobs": [self._row(row) for row in rows],
             "next": rows[-1]["id"] if len(rows) == limit else 0,
@@ -192,6 +193,7 @@ class Service:
                 {
                     "name": node.name,
                     "gpus": node.gpus,
+                    "gpu_type": node.gpu_type,
                     "used_gpus": used[node.name],
                     "drained": node.drained,
                     "lost": node.name in ledger.lost,
@@ -259,6 +261,7 @@ class Service:
             "min_gpus": row["spec"]["min_gpus"],
             "max_gpus": row["spec"]["max_gpus"],
             "labels": row["spec"]["labels"],
+            "gpu_type": row.get("pool", ""),
             "epoch": row["epoch"],
             "size_gpu_s": size,
             "done_percent": round(100 * max(0.0, 1 - left / size), 1) if live else 100.0,

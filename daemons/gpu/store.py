@@ -123,15 +123,23 @@ class JobStore:
         return json.loads(rows[0]["body"]) if rows else None
 
     def page(
-        self, *, states: Sequence[str], owner: str, name: str, before: int, limit: int
+        self,
+        *,
+        states: Sequence[str],
+        owner: str = "",
+        name: str = "",
+        label: str = "",
+        before: int = 0,
+        limit: int,
     ) -> list[dict[str, Any]]:
-        """Newest first."""
+        """Newest first. label: "name=value", or "name" for any value."""
         marks = ", ".join("?" * len(states))
         where: list[tuple[str, list[Any]]] = [
             (f"state IN ({marks})", list(states)) if states else ("1", []),
             ("owner = ?", [owner]) if owner else ("1", []),
             ("name = ?", [name]) if name else ("1", []),
             ("id < ?", [before]) if before else ("1", []),
+            _labelled(label) if label else ("1", []),
         ]
         clause = " AND ".join(text for text, _ in where)
         values: list[Any] = [value for _, given in where for value in given]
@@ -174,6 +182,12 @@ class JobStore:
                 )
                 db.executemany("DELETE FROM jobs WHERE id = ?", [(job,) for job in gone])
         return gone
+
+
+def _labelled(label: str) -> tuple[str, list[Any]]:
+    name, equals, value = label.partition("=")
+    found = "json_extract(body, '$.spec.labels.\"' || ? || '\"')"
+    return (f"{found} = ?", [name, value]) if equals else (f"{found} IS NOT NULL", [name])
 
 
 _OVER: Final = frozenset(state.value for state in OVER)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import json
 import os
 import random
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from intentd.daemons.ctl import main as tool
 from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
 
 pytestmark = pytest.mark.real
@@ -108,13 +111,20 @@ def number(gpu: Process) -> list[int]:
 
 
 def ctl(where: Path, *words: str) -> Any:
-    environ = {**os.environ, "RUNTIME_DIRECTORY": str(where / "run")}
-    done = subprocess.run(
-        [sys.executable, "-m", "intentd.daemons.ctl", *words, "--json"],
-        env=environ, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """intentctl in this process: a start of its own a call would be most of the test."""
+    said = io.StringIO()
+    before = os.environ.get("RUNTIME_DIRECTORY")
+    os.environ["RUNTIME_DIRECTORY"] = str(where / "run")
+    try:
+        with contextlib.redirect_stdout(said):
+            code = tool.main([*words, "--json"])
+    finally:
+        if before is None:
+            del os.environ["RUNTIME_DIRECTORY"]
+        else:
+            os.environ["RUNTIME_DIRECTORY"] = before
+    assert code == 0, said.getvalue()
+    return json.loads(said.getvalue())
 
 
 async def test_from_fifo_to_the_operators_choice_and_back(

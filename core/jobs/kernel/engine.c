@@ -1,10 +1,10 @@
 /* Moves time from one decision to the next: ends, leases, protections, failures, arrivals. */
 #include "engine.h"
 
-size_t engine_bytes(int n, int classes)
+size_t engine_bytes(int n, int classes, int owners)
 {
-    size_t wide = n > classes ? n : classes;
-    return 13 * sizeof(double) * (size_t)n + 3 * sizeof(double) * wide + 4 * sizeof(int32_t) * (size_t)n +
+    size_t wide = n > classes ? n : classes, quotas = owners ? (size_t)n * 2 * sizeof(int32_t) : 0;
+    return quotas + 2 * sizeof(double) * (size_t)owners + 64 + 13 * sizeof(double) * (size_t)n + 3 * sizeof(double) * wide + 4 * sizeof(int32_t) * (size_t)n +
            sizeof(int32_t) * ((size_t)classes + wide) + sizeof(Queue) * (size_t)classes + 2 * (size_t)n + 512;
 }
 
@@ -15,7 +15,7 @@ static char *take(char **block, size_t bytes)
     return start;
 }
 
-void engine_layout(Engine *e, char *block, int n, int classes)
+void engine_layout(Engine *e, char *block, int n, int classes, int owners)
 {
     size_t wide = n > classes ? n : classes, d = sizeof(double) * (size_t)n;
     e->state.remaining = (double *)take(&block, d);
@@ -40,6 +40,12 @@ void engine_layout(Engine *e, char *block, int n, int classes)
     e->view.queue[0].items = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
     e->grants.slot = (int32_t *)take(&block, sizeof(int32_t) * wide);
     e->view.busy = (int32_t *)take(&block, sizeof(int32_t) * (size_t)classes);
+    if (owners) {
+        e->gmax = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
+        e->owned = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
+        e->used = (double *)take(&block, sizeof(double) * (size_t)owners);
+        e->left = (double *)take(&block, sizeof(double) * (size_t)owners);
+    }
     e->state.flags = (uint8_t *)take(&block, (size_t)n);
     e->grants.done = (uint8_t *)take(&block, (size_t)n);
 }
@@ -66,7 +72,7 @@ static void restore_order(Engine *e)
     int32_t *items = queue->items + queue->head;
     double *key = e->grants.rank;
     int last = e->runs; /* the running are at the front, except behind gangs that do not fit */
-    if (e->jobs.gangs || e->policy.min_runtime_s > 0)
+    if (e->jobs.gangs || e->policy.min_runtime_s > 0 || e->owner)
         last = queue->len;
     for (int i = 0; i < last && i < queue->len; i++) {
         int j = items[i], k = i;
@@ -92,7 +98,7 @@ static void enqueue(Engine *e, int j)
     }
     int at = queue->len++;
     int32_t *items = queue->items + queue->head;
-    if (keyed(&e->policy)) {
+    if (keyed(&e->policy) && !e->loading) {
         queue->len--;
         restore_order(e);
         queue->len++;
@@ -107,10 +113,38 @@ static void enqueue(Engine *e, int j)
         }
         memmove(items + low + 1, items + low, sizeof(int32_t) * (size_t)(at - low));
         at = low;
+    } else {
+        for (; at > 0 && items[at - 1] > j; at--) /* was held: back to its place in arrival order */
+            items[at] = items[at - 1];
     }
     items[at] = j;
     queue->demand += e->jobs.gmax[j];
     e->view.active++;
+}
+
+/* The queue in order of its keys, equal ones by index: a merge sort, for load() appends only. */
+void engine_sort(Engine *e)
+{
+    e->loading = 0;
+    if (!keyed(&e->policy))
+        return;
+    Queue *queue = &e->view.queue[0];
+    int32_t *from = queue->items + queue->head, *to = e->grants.slot, *swap;
+    double *key = e->grants.rank;
+    int n = queue->len;
+    for (int i = 0; i < n; i++)
+        key[from[i]] = order_key(&e->policy, &e->jobs, &e->state, from[i]);
+    for (int width = 1; width < n; width *= 2) {
+        for (int start = 0; start < n; start += 2 * width) {
+            int a = start, middle = start + width < n ? start + width : n;
+            int b = middle, end = start + 2 * width < n ? start + 2 * width : n;
+            for (int i = start; i < end; i++)
+                to[i] = b >= end || (a < middle && key[from[a]] <= key[from[b]]) ? from[a++] : from[b++];
+        }
+        swap = from, from = to, to = swap;
+    }
+    if (from != queue->items + queue->head)
+        memcpy(queue->items + queue->head, from, sizeof(int32_t) * (size_t)n);
 }
 
 static void dequeue(Engine *e, int j)
@@ -134,10 +168,61 @@ static void dequeue(Engine *e, int j)
     }
 }
 
+static int owner_of(const Engine *e, int j) { return e->owner ? e->owner[j] : -1; }
+
+/* A job becomes active, or is held until its owner's quota has room for its smallest grant. */
 void engine_admit(Engine *e, int j)
 {
+    int o = owner_of(e, j);
+    if (o >= 0) {
+        int need = least(&e->jobs, j), at = e->n_owned;
+        if (e->used[o] + need > e->quota[o] + NEAR) {
+            e->state.flags[j] |= HELD;
+            e->held++;
+            return;
+        }
+        e->used[o] += need;
+        for (; at > 0 && e->owned[at - 1] > j; at--)
+            e->owned[at] = e->owned[at - 1];
+        e->owned[at] = j;
+        e->n_owned++;
+    }
     e->state.flags[j] |= ACTIVE;
     enqueue(e, j);
+}
+
+/* An ended job makes room in its owner's quota: for the oldest that fit. */
+static void make_room(Engine *e, int j)
+{
+    int o = owner_of(e, j), at = 0;
+    if (o < 0)
+        return;
+    e->used[o] -= least(&e->jobs, j);
+    while (e->owned[at] != j)
+        at++;
+    e->n_owned--;
+    memmove(e->owned + at, e->owned + at + 1, sizeof(int32_t) * (size_t)(e->n_owned - at));
+    for (int k = 0; k < e->next && e->held > 0; k++)
+        if ((e->state.flags[k] & HELD) && e->owner[k] == o) {
+            e->state.flags[k] &= ~HELD;
+            e->held--;
+            engine_admit(e, k);
+        }
+}
+
+/* Largest grants that keep each owner within its quota: what the smallest ones leave, oldest first. */
+static void cap_owners(Engine *e)
+{
+    for (int o = 0; o < e->owners; o++)
+        e->left[o] = e->quota[o] - e->used[o];
+    for (int i = 0; i < e->n_owned; i++) {
+        int j = e->owned[i], o = e->owner[j], low = least(&e->jobs, j), more = e->most[j] - low;
+        if (more > e->left[o] + NEAR)
+            more = e->left[o] > 0 ? (int)(e->left[o] + NEAR) : 0;
+        e->left[o] -= more;
+        e->view.queue[e->klass[j]].demand += low + more - e->gmax[j];
+        e->gmax[j] = low + more;
+    }
 }
 
 static int protected_now(const Engine *e, int j)
@@ -151,6 +236,8 @@ void engine_decide(Engine *e)
     State *state = &e->state;
     Grants *grants = &e->grants;
     e->decisions++;
+    if (e->owner)
+        cap_owners(e);
     if (keyed(&e->policy))
         restore_order(e);
     if (e->policy.min_runtime_s > 0)
@@ -241,6 +328,7 @@ static void end_job(Engine *e, int at)
             e->fair[j] = state->size[j] / speed_at(&e->jobs, j, share);
         }
     }
+    make_room(e, j);
 }
 
 static double draw(Engine *e) /* in [0, 1): splitmix64 */
@@ -365,7 +453,7 @@ int engine_run(Engine *e, Engine *mirror, const uint8_t *predict, double *predic
             mirror->finish = NULL;
         }
     }
-    return 0;
+    return e->held > 0 ? -1 : 0;
 }
 
 /* When the target would end if nothing else arrived: the same engine on a copy of the state. */

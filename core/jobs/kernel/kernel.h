@@ -14,7 +14,7 @@
 #define NEAR 1e-9 /* GPUs: amounts closer than this are equal, else fractions cause empty passes */
 
 enum { FIFO, SRSF, THEMIS, AFS, MAXMIN, WFQ };
-enum { ACTIVE = 1, STARTED = 2, PREEMPTED = 4 };
+enum { ACTIVE = 1, STARTED = 2, PREEMPTED = 4, HELD = 8 }; /* HELD: waits for its owner's quota */
 
 typedef struct {
     int kind, classes, integral, artifact;

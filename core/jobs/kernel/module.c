@@ -11,11 +11,11 @@ enum {
     SUBMIT, WORK, ESTIMATE, GMIN, GMAX, TABLE, SPEED, EFFICIENCY, THRESHOLD, WEIGHT,
     IS_ACTIVE, REMAINING, GRANT, STALL, SINCE, CONTENTION, EVENTS, STARTED_BEFORE, FAILURE, PREDICT,
     OUT_FINISH, OUT_START, OUT_FAIR, OUT_PREDICTED, OUT_RESIZES, OUT_PREEMPTIONS, OUT_GRANTS, OUT_SUMMARY,
-    OUT_REVIEWS, ARRAYS
+    OUT_REVIEWS, OWNER, QUOTA, ARRAYS
 };
-/* length of each: n jobs, t tables x width, c classes, x pairs, s 4, r rows of n */
-static const char LENGTH[] = "nnnnnnttccnnnnnnnnxnnnnnnnnsr";
-static const char ITEM[] = "88884488881888888181888888888"; /* bytes an item */
+/* length of each: n jobs, t tables x width, c classes, x pairs, s 4, r rows of n, o n or none, q any */
+static const char LENGTH[] = "nnnnnnttccnnnnnnnnxnnnnnnnnsroq";
+static const char ITEM[] = "8888448888188888818188888888848"; /* bytes an item */
 enum {
     KIND, INTEGRAL, ARTIFACT, ZETA, DELTA, LEASE, START_COST, RESIZE_COST, PREEMPT_COST, MIN_RUNTIME,
     CHECKPOINT, CAPACITY, NOW, SEED, TARGET, WIDTH, REVIEW_EVERY, NUMBERS
@@ -47,7 +47,7 @@ static const char *check(const Jobs *jobs, const Policy *policy, const Py_ssize_
     return NULL;
 }
 
-static void set_up(Engine *e, char *block, const Policy *policy, const Jobs *jobs)
+static void set_up(Engine *e, char *block, const Policy *policy, const Jobs *jobs, int owners)
 {
     int classes = policy->kind == WFQ ? policy->classes : 1, at = 0;
     memset(e, 0, sizeof *e);
@@ -55,7 +55,14 @@ static void set_up(Engine *e, char *block, const Policy *policy, const Jobs *job
     e->policy.classes = classes;
     e->jobs = *jobs;
     e->target = -1;
-    engine_layout(e, block, jobs->n, classes);
+    engine_layout(e, block, jobs->n, classes, owners);
+    if (owners) {
+        e->owners = owners;
+        e->most = jobs->gmax;
+        memcpy(e->gmax, jobs->gmax, sizeof(int32_t) * (size_t)jobs->n);
+        memset(e->used, 0, sizeof(double) * (size_t)owners);
+        e->jobs.gmax = e->gmax;
+    }
     memset(e->state.flags, 0, (size_t)jobs->n);
     memset(e->grants.done, 0, (size_t)jobs->n);
     int32_t *items = e->view.queue[0].items, *count = e->grants.slot;
@@ -81,6 +88,7 @@ static void load(Engine *e, void **a)
 {
     const uint8_t *active = a[IS_ACTIVE], *started = a[STARTED_BEFORE];
     e->next = 0;
+    e->loading = 1;
     for (int j = 0; j < e->jobs.n && active[j]; j++) {
         e->next = j + 1;
         e->state.remaining[j] = ((double *)a[REMAINING])[j];
@@ -89,11 +97,15 @@ static void load(Engine *e, void **a)
         e->state.contention0[j] = ((double *)a[CONTENTION])[j];
         e->state.events0[j] = ((double *)a[EVENTS])[j];
         e->state.flags[j] = started[j] ? STARTED | PREEMPTED : 0;
-        engine_admit(e, j);
     }
+    for (int running = 1; running >= 0; running--) /* quotas hold the waiting for the running */
+        for (int j = 0; j < e->next; j++)
+            if ((((double *)a[GRANT])[j] > 0) == running)
+                engine_admit(e, j);
+    engine_sort(e);
     for (int j = 0; j < e->next; j++) {
         double grant = ((double *)a[GRANT])[j];
-        if (grant > 0) {
+        if (grant > 0 && !(e->state.flags[j] & HELD)) {
             e->state.grant[j] = grant;
             e->state.flags[j] = ACTIVE | STARTED;
             e->rate[j] = speed_at(&e->jobs, j, grant);
@@ -103,14 +115,16 @@ static void load(Engine *e, void **a)
 }
 
 static int drive(int mode, const Policy *policy, const Jobs *jobs, void **a, const double *numbers,
-                 int failures)
+                 int failures, int owners)
 {
     int classes = policy->kind == WFQ ? policy->classes : 1, wants = 0, result = 0;
     const uint8_t *predict = a[PREDICT];
     for (int j = 0; j < jobs->n; j++)
         wants |= predict[j];
     wants |= numbers[REVIEW_EVERY] >= 1;
-    size_t bytes = engine_bytes(jobs->n, classes);
+    if (owners && wants)
+        return -3;
+    size_t bytes = engine_bytes(jobs->n, classes, owners);
     char *block = malloc(bytes), *second = wants ? malloc(bytes) : NULL;
     if (!block || (wants && !second)) {
         free(block);
@@ -118,9 +132,11 @@ static int drive(int mode, const Policy *policy, const Jobs *jobs, void **a, con
         return -2;
     }
     Engine engine, mirror;
-    set_up(&engine, block, policy, jobs);
+    set_up(&engine, block, policy, jobs, owners);
     if (wants)
-        set_up(&mirror, second, policy, jobs);
+        set_up(&mirror, second, policy, jobs, 0);
+    engine.owner = owners ? a[OWNER] : NULL;
+    engine.quota = a[QUOTA];
     engine.state.capacity = numbers[CAPACITY];
     engine.state.now = numbers[NOW];
     engine.seed = (uint64_t)numbers[SEED];
@@ -191,6 +207,8 @@ static PyObject *run(PyObject *module, PyObject *args)
                                   : LENGTH[i] == 't' ? lengths[SPEED]
                                   : LENGTH[i] == 'c' ? lengths[THRESHOLD]
                                   : LENGTH[i] == 's' ? 4
+                                  : LENGTH[i] == 'q' ? lengths[i]
+                                  : LENGTH[i] == 'o' ? (lengths[QUOTA] ? lengths[SUBMIT] : 0)
                                   : LENGTH[i] == 'r' ? review_items(lengths[SUBMIT], x[REVIEW_EVERY])
                                                      : lengths[i] / 2 * 2;
             if (lengths[i] != expected || views[i].len % (ITEM[i] - '0'))
@@ -200,11 +218,17 @@ static PyObject *run(PyObject *module, PyObject *args)
             jobs.tables = (int)(lengths[SPEED] / jobs.width);
         if (!wrong)
             wrong = check(&jobs, &policy, lengths);
+        for (int j = 0; !wrong && lengths[QUOTA] && j < jobs.n; j++)
+            if (((int32_t *)a[OWNER])[j] >= lengths[QUOTA])
+                wrong = "owner without a quota";
+        if (!wrong && lengths[QUOTA] && x[REVIEW_EVERY] >= 1)
+            wrong = "quotas and reviews do not go together";
         if (!wrong) {
             for (int j = 0; j < jobs.n; j++)
                 jobs.gangs |= jobs.gmin[j] > 1;
             Py_BEGIN_ALLOW_THREADS
-            result = drive(mode, &policy, &jobs, a, x, (int)(lengths[FAILURE] / 2));
+            result = drive(mode, &policy, &jobs, a, x, (int)(lengths[FAILURE] / 2),
+                           (int)lengths[QUOTA]);
             Py_END_ALLOW_THREADS
         }
     }
@@ -220,6 +244,10 @@ fail:
     }
     if (result == -2)
         return PyErr_NoMemory();
+    if (result == -3) {
+        PyErr_SetString(PyExc_ValueError, "quotas and predictions inside a run do not go together");
+        return NULL;
+    }
     return PyLong_FromLong(result);
 }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from intentd.core.errors import InputError
 from intentd.core.jobs import allocator
-from intentd.core.jobs.allocator import JobTable, Progress, job_table
+from intentd.core.jobs.allocator import JobTable, Progress, Quotas, job_table
 from intentd.core.jobs.policy import NAMES, Costs, JobsPolicy, make, wfq
 
 needs_kernel = pytest.mark.skipif(
@@ -265,7 +265,7 @@ def test_the_kernel_refuses_arrays_that_do_not_belong_together():
         kernel.run(0, np.zeros(17), ())
     jobs = linear_jobs([1, 1])
     numbers = allocator.numbers_of(make("fifo"), Costs(), 4, 0.0, 65)
-    wrong = tuple(np.zeros(1) for _ in range(29))
+    wrong = tuple(np.zeros(1) for _ in range(31))
     with pytest.raises(ValueError, match="length"):
         kernel.run(0, numbers, wrong)
     with pytest.raises(ValueError, match="numbers"):
@@ -276,3 +276,91 @@ def test_the_kernel_refuses_arrays_that_do_not_belong_together():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(InputError):
         allocator.backend_named("fortran")
+
+
+def random_quotas(rng, jobs):
+    """Of up to three owners; a quota holds the largest minimum, so that every job can run."""
+    count = int(rng.integers(1, 4))
+    owner = rng.integers(-1, count, len(jobs)).astype(np.int32)
+    least = np.maximum(1.0, np.ceil(jobs.smallest))
+    quota = [
+        max([1.0, *least[owner == at].tolist()]) + float(rng.integers(0, 6)) for at in range(count)
+    ]
+    return Quotas(owner, np.array(quota))
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", NAMES)
+def test_quotas_hold_and_compiled_equals_reference(name):
+    rng = np.random.default_rng(200 + NAMES.index(name))
+    for _ in range(150):
+        jobs, policy, gpus, progress, costs = random_state(rng, name)
+        quotas = random_quotas(rng, jobs)
+        compiled, plain = (
+            allocator.run(
+                allocator.DECIDE,
+                jobs,
+                policy,
+                gpus,
+                now_s=5000.0,
+                progress=progress,
+                costs=costs,
+                quotas=quotas,
+                backend=backend,
+            ).grant
+            for backend in allocator.BACKENDS
+        )
+        np.testing.assert_allclose(compiled, plain, atol=1e-9, rtol=0)
+        for owner, limit in enumerate(quotas.gpus):
+            assert compiled[quotas.owner == owner].sum() <= limit + 1e-6
+    for _ in range(25):
+        jobs, policy, _, _, costs = random_state(rng, name)
+        quotas = random_quotas(rng, jobs)
+        runs = [
+            allocator.run(
+                allocator.PLAY, jobs, policy, 16.0, costs=costs, quotas=quotas, backend=backend
+            )
+            for backend in allocator.BACKENDS
+        ]
+        np.testing.assert_allclose(runs[0].finish_s, runs[1].finish_s, rtol=1e-9, atol=1e-6)
+        assert runs[0].complete
+        assert runs[1].complete
+
+
+@pytest.mark.parametrize("backend", allocator.BACKENDS)
+def test_a_quota_serialises_an_owners_jobs(backend):
+    if backend == "compiled" and allocator.compiled_kernel() is None:
+        pytest.skip("the job kernel is not built (make kernel)")
+    jobs = linear_jobs([4, 4, 4], work=np.full(3, 100.0), smallest=np.ones(3))
+
+    def ends(owner, quota):
+        outcome = allocator.run(
+            allocator.PLAY,
+            jobs,
+            make("fifo"),
+            16.0,
+            progress=Progress.fresh(jobs),
+            quotas=Quotas(np.array(owner, dtype=np.int32), np.array(quota)),
+            backend=backend,
+        )
+        return outcome.finish_s.tolist(), outcome.complete
+
+    assert ends([0, 0, -1], [1.0]) == ([100.0, 200.0, 25.0], True)
+    assert ends([0, 0, 1], [4.0, 2.0])[0] == pytest.approx([100 / 3, 100 / 3 + 200 / 12, 50.0])
+    assert ends([0, -1, -1], [0.5])[1] is False  # never: the books refuse such a job
+
+
+def test_quotas_and_predictions_inside_a_run_are_refused():
+    jobs = linear_jobs([1])
+    quotas = Quotas(np.zeros(1, dtype=np.int32), np.ones(1))
+    for backend in allocator.BACKENDS if allocator.compiled_kernel() else ("reference",):
+        with pytest.raises(ValueError, match="quotas and predictions"):
+            allocator.run(
+                allocator.PLAY,
+                jobs,
+                make("fifo"),
+                4.0,
+                predict=np.ones(1, dtype=np.uint8),
+                quotas=quotas,
+                backend=backend,
+            )

@@ -11,9 +11,11 @@ import pytest
 from intentd.core.jobs.job import Job, Start, Stop
 from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.placement import Node
+from intentd.core.jobs.policy import make
 from intentd.core.jobs.predictor import Predictor
 from intentd.core.jobs.spec import spec_from_plain
 from intentd.daemons.gpu.scheduler import Scheduler
+from intentd.daemons.gpu.service import Caller, Service
 from intentd.daemons.gpu.store import JobStore
 from intentd.daemons.kit.clock import SystemClock
 from intentd.daemons.kit.store import StoreError
@@ -83,4 +85,51 @@ async def test_a_full_disk_refuses_submissions_and_starts_nothing(tmp_path: Path
     again = JobStore(tmp_path / "db")
     assert [job.id for job in again.unfinished()] == [second.id]
     assert again.highest_id() == second.id
+    again.store.close()
+
+
+async def test_arrays_labels_what_if_and_the_calibration_over_a_restart(tmp_path: Path) -> None:
+    store, ledger = JobStore(tmp_path / "db"), Ledger([Node("n", 2)])
+    scheduler = Scheduler(ledger, store, Predictor(), SystemClock())
+    scheduler.executor = Recorder()
+    service = Service(scheduler, {})
+    me = Caller("me", trusted=False)
+    running = asyncio.ensure_future(scheduler.run())
+    base = {"command": ["x"], "size_gpu_s": 1000.0}
+    try:
+        made = await service.submit({**base, "array": 3, "labels": {"team": "a"}}, me)
+        await service.submit({**base, "labels": {"team": "b", "big": "yes"}}, me)
+        assert made["jobs"] == [1, 2, 3]
+
+        async def listed(**args: Any) -> list[int]:
+            return [row["job"] for row in (await service.list_jobs(args, me))["jobs"]]
+
+        assert await listed() == [4, 3, 2, 1]
+        assert await listed(label="team=a") == [3, 2, 1]
+        assert await listed(label="team=a", limit=2, before=3) == [2, 1]
+        assert await listed(label="big") == [4]
+        assert await listed(label='x"; DROP TABLE jobs') == []
+        assert [ledger.jobs[job].spec.array_index for job in (1, 2, 3, 4)] == [0, 1, 2, -1]
+
+        before = len(ledger._tables)
+        guess = await service.predict({"size_gpu_s": 10.0, "max_gpus": 2}, me)
+        # two run until 1000, two wait until 2000; FIFO: nobody is delayed by one that comes last
+        assert guess["predicted"]["in_p50_s"] == pytest.approx(2005, abs=5)
+        assert guess["delayed_jobs"] == 0
+        ledger.set_policy(make("srsf"))
+        guess = await service.predict({"size_gpu_s": 10.0}, me)
+        assert guess["predicted"]["in_p50_s"] == pytest.approx(10, abs=1)
+        assert guess["largest_delay_s"] == pytest.approx(10, abs=1)
+        assert len(ledger._tables) == before
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    state = scheduler.predictor.calibrator.state()
+    store.commit([], [], {"calibrator": state})
+    store.store.close()
+    again = JobStore(tmp_path / "db")
+    calibrator = Predictor().calibrator
+    assert calibrator.restore(again.facts()["calibrator"])
+    assert calibrator.state() == state
+    assert [job.id for job in again.newest(2)] == [3, 4]
     again.store.close()

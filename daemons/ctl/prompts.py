@@ -10,13 +10,14 @@ import typer
 from intentd.core.errors import InputError
 from intentd.core.prompts.money import format_dollars
 from intentd.core.units import parse_duration_s
-from intentd.daemons.ctl import prompts_evaluate, prompts_train
+from intentd.daemons.ctl import prompts_cache, prompts_evaluate, prompts_train
 from intentd.daemons.ctl.output import JsonOption, message, print_json, print_table
 from intentd.daemons.ctl.reach import admin_client
 
 app = typer.Typer(help="The language-model proxy: keys, spend, models.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys of the proxy.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(prompts_cache.app, name="cache")
 app.add_typer(prompts_evaluate.app, name="evaluate")
 app.add_typer(prompts_train.app, name="train")
 

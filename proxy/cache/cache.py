@@ -93,8 +93,9 @@ class Cache:
         """Load what is on disk. Raises StoreError."""
         self._kept = await self._rows.kept()
         await self._follow()
-        if self.section.semantic == "on":
-            await self.need_semantic()
+        semantic = await self.need_semantic() if self.section.semantic == "on" else None
+        if semantic is not None and not self.section.embedder_model:
+            await semantic.embedder.embed(["ready"])  # the model is loaded before anybody waits
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

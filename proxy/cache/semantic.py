@@ -127,9 +127,10 @@ class Semantic:
         by: Any,
     ) -> list[Match]:
         """scopes: () any, "" stands for put objects. Raises EmbedError."""
+        # also when nothing is stored yet: the answer to this text may be stored next
+        (vector,) = await self.embedder.embed([text], by=by)
         if self._index is None:
             return []
-        (vector,) = await self.embedder.embed([text], by=by)
         if len(vector) != self._index.dimensions:
             raise EmbedError("embedder: another number of dimensions than what is stored")
         return self._index.search(

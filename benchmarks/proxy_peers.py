@@ -1,6 +1,7 @@
 """What stands beside the proxy in its benchmark: a cheap provider and a bare pass-through.
 
-``python -m benchmarks.proxy_peers provider [--delay-ms 50]`` and ``... bare URL`` print their port.
+``python -m benchmarks.proxy_peers provider [--delay-ms 50] [--chunk-ms 5]`` and ``... bare URL``
+print their port.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def chunked(data: bytes) -> bytes:
 class Provider(asyncio.Protocol):
     """HTTP/1.1 by hand, so that the provider's own cost stays small."""
 
-    def __init__(self, delay_s: float) -> None:
+    def __init__(self, delay_s: float, chunk_s: float) -> None:
         self.delay_s = delay_s
+        self.chunk_s = chunk_s
         self.data = b""
         self.transport: Any = None
         self.head = (
@@ -81,16 +83,16 @@ class Provider(asyncio.Protocol):
             return
         if left:
             self.transport.write(chunked(CHUNK))
-            asyncio.get_running_loop().call_later(CHUNK_INTERVAL_S, self.chunk, left - 1)
+            asyncio.get_running_loop().call_later(self.chunk_s, self.chunk, left - 1)
         else:
             self.transport.write(
                 chunked(FINISH) + chunked(USAGE) + chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
             )
 
 
-async def serve_provider(delay_s: float) -> None:
+async def serve_provider(delay_s: float, chunk_s: float) -> None:
     server = await asyncio.get_running_loop().create_server(
-        lambda: Provider(delay_s), "127.0.0.1", 0, backlog=4096
+        lambda: Provider(delay_s, chunk_s), "127.0.0.1", 0, backlog=4096
     )
     announce(server.sockets[0].getsockname()[1])
     await server.serve_forever()
@@ -144,6 +146,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     provider = commands.add_parser("provider")
     provider.add_argument("--delay-ms", type=float, default=0.0)
+    provider.add_argument("--chunk-ms", type=float, default=CHUNK_INTERVAL_S * 1e3)
     bare = commands.add_parser("bare")
     bare.add_argument("url")
     given = parser.parse_args()
@@ -157,7 +160,7 @@ def main() -> int:
 
         watch = asyncio.ensure_future(end_with_parent())
         if given.command == "provider":
-            await serve_provider(given.delay_ms / 1e3)
+            await serve_provider(given.delay_ms / 1e3, given.chunk_ms / 1e3)
         else:
             await serve_bare(given.url)
         await watch

@@ -1,12 +1,12 @@
 """Memory of the proxy over many requests, with clients that leave, stall and never finish asking.
 
 ``python -m benchmarks.proxy_soak --requests 1000000 --json``: of every hundred requests about 83
-are answered whole, 10 are streams read to the end, 5 streams whose client leaves in the middle and 2
-requests whose client leaves before the answer; beside them some hundred connections are always
-half open (a head or a body that never ends) or stream to a client that does not read. Resident
-memory is sampled a few hundred times; the slope is fitted after the first fifth (caches of bounded
-size fill up), its interval widened for the samples' autocorrelation. Bar: no growth that the
-interval tells from none, or less than 2 MB in a million requests.
+are answered whole, 10 are streams read to the end, 5 are streams and 2 are requests whose client
+leaves in the middle; beside them some two hundred connections are always half open (a head or a
+body that never ends) or stream to a client that does not read. Resident memory is sampled a few
+hundred times; the slope is fitted after the first fifth (caches of bounded size fill up), its
+interval widened for the samples' autocorrelation. Bar: no growth that the interval tells from
+none, or less than 2 MB in a million requests.
 """
 
 from __future__ import annotations

@@ -15,9 +15,8 @@ import dataclasses
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from intentd.core.flows.fin import FinSigner, FinVerifier
 from intentd.core.flows.gate import Release
@@ -27,10 +26,11 @@ from intentd.core.flows.turn.domain import DomainGate
 from intentd.core.flows.turn.member import Broadcast
 from intentd.core.flows.turn.sequencer import SequencerCore, SequencerSettings
 from intentd.core.sim.engine import Engine, Event
-from intentd.core.sim.network import CALM, Network, Weather
+from intentd.core.sim.fault_runs import FaultRun, Faults
+from intentd.core.sim.mishaps import SEQUENCER, Mishaps
+from intentd.core.sim.network import Network
 
 KEY: Final = bytes(32)
-SEQUENCER: Final = "sequencer"
 RECOVERY_S: Final = 2.0
 LATE_S: Final = 0.005  # a timer may run so much after its time
 SMALL_BYTES: Final = 10_000
@@ -42,42 +42,10 @@ _TICK_S: Final = 0.1
 _LATE_REASONS: Final = ("lease", "fallback", "timeout")
 
 
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What may go wrong. loss: share of messages lost while faults last."""
-
-    loss: float = 0.0
-    kill: bool = False
-    partition: bool = False
-
-    @property
-    def any(self) -> bool:
-        return self.loss > 0 or self.kill or self.partition
-
-
-@dataclass(slots=True)
-class FaultRun:
-    """What one seed showed. violations: in words, empty when all held."""
-
-    seed: int
-    flows: int = 0
-    stalls: int = 0
-    order_violations: int = 0
-    double_starts: int = 0
-    repeated_ids: int = 0
-    late_starts: int = 0  # degraded although the network had healed RECOVERY_S before they arrived
-    ordered_starts: int = 0
-    demoted: int = 0
-    max_wait_s: float = 0.0
-    degraded_starts: dict[str, int] = field(default_factory=dict)
-    violations: list[str] = field(default_factory=list)
-    story: list[str] = field(default_factory=list)
-
-
-class _Agent:
+class Agent:
     """One host: its gate, its flows, its clock; a kill forgets all but the clock."""
 
-    def __init__(self, sim: _Simulation, name: str) -> None:
+    def __init__(self, sim: Simulation, name: str) -> None:
         self.sim = sim
         self.name = name
         self.offset = sim.rng.uniform(0, 1000)
@@ -190,7 +158,9 @@ class _Agent:
         return self.alive and self.gate.member.lease_left_s(self.clock()) > 0
 
 
-class _Simulation:
+class Simulation:
+    """One seed: a sequencer, its agents, their flows, and the checks at every start."""
+
     def __init__(self, seed: int, faults: Faults, trace: bool) -> None:
         self.rng = random.Random(seed)
         self.faults = faults
@@ -205,7 +175,7 @@ class _Simulation:
         self.sequencer_paused = False
         self.queue: deque[Callable[[], None]] = deque()
         self.granted: dict[tuple[int, int], set[int]] = {}
-        self.agents = [_Agent(self, f"agent-{i}") for i in range(self.rng.randint(2, 4))]
+        self.agents = [Agent(self, f"agent-{i}") for i in range(self.rng.randint(2, 4))]
         self.healed_s = _CALM_UNTIL_S + (self.rng.uniform(*_FAULTS_S) if faults.any else 0.0)
         self.end_s = self.healed_s + _AFTER_S
         self.next_flow = 0
@@ -272,7 +242,7 @@ class _Simulation:
         while self.queue:
             self.queue.popleft()()
 
-    def send_to_sequencer(self, agent: _Agent, data: bytes, *, is_fin: bool = False) -> None:
+    def send_to_sequencer(self, agent: Agent, data: bytes, *, is_fin: bool = False) -> None:
         def deliver() -> None:
             if self.core is None:
                 return
@@ -293,12 +263,12 @@ class _Simulation:
 
         self.network.send(agent.name, SEQUENCER, deliver)
 
-    def send_datagram(self, source: _Agent, target: _Agent, datagram: bytes) -> None:
+    def send_datagram(self, source: Agent, target: Agent, datagram: bytes) -> None:
         self.network.send(source.name, target.name, lambda: target.datagram(datagram))
 
     # -- flows ---------------------------------------------------------------------------------
 
-    def arrivals(self, agent: _Agent) -> None:
+    def arrivals(self, agent: Agent) -> None:
         """Poisson arrivals, about half the classes' capacity over all agents."""
         rng = self.rng
         if self.engine.now < self.end_s:
@@ -317,7 +287,7 @@ class _Simulation:
             gate = agent.gate
             self.engine.after(rng.random() * 0.1, lambda: self.give_up(agent, gate, flow))
 
-    def give_up(self, agent: _Agent, gate: DomainGate, flow: int) -> None:
+    def give_up(self, agent: Agent, gate: DomainGate, flow: int) -> None:
         held = flow in agent.arrived or flow in agent.sending
         if agent.alive and not agent.paused and agent.gate is gate and held:
             self.note(f"{agent.name} flow {flow} gives up")
@@ -325,7 +295,7 @@ class _Simulation:
             agent.sending.pop(flow, None)
             agent.do(lambda: gate.cancel(flow, now=agent.clock()))
 
-    def started(self, agent: _Agent, release: Release) -> None:
+    def started(self, agent: Agent, release: Release) -> None:
         flow, now = release.flow, self.engine.now
         arrived = agent.arrived.pop(flow, None)
         run = self.run_
@@ -361,11 +331,11 @@ class _Simulation:
             self.engine.after(took_s * 0.8, lambda: self.announce(agent, gate, flow))
         self.engine.after(took_s, lambda: self.end(agent, gate, flow))
 
-    def announce(self, agent: _Agent, gate: DomainGate, flow: int) -> None:
+    def announce(self, agent: Agent, gate: DomainGate, flow: int) -> None:
         if agent.alive and not agent.paused and agent.gate is gate and flow in agent.sending:
             agent.do(lambda: gate.announce(flow, now=agent.clock()))
 
-    def end(self, agent: _Agent, gate: DomainGate, flow: int) -> None:
+    def end(self, agent: Agent, gate: DomainGate, flow: int) -> None:
         if agent.paused and agent.alive:  # the application waits for the agent, too
             agent.backlog.append(lambda: self.end(agent, gate, flow))
             return
@@ -375,7 +345,7 @@ class _Simulation:
 
     # -- what must hold ------------------------------------------------------------------------
 
-    def check_order(self, agent: _Agent, class_index: int, ticket: int, flow: int) -> None:
+    def check_order(self, agent: Agent, class_index: int, ticket: int, flow: int) -> None:
         member = agent.gate.member
         mpl = agent.gate.policy.classes[class_index].mpl
         if not agent.vouches() or not ticket:
@@ -419,106 +389,6 @@ class _Simulation:
             self.violate(f"ids {sorted(given & ids)} given twice in epoch {message.epoch}")
         given |= ids
 
-    # -- faults --------------------------------------------------------------------------------
-
-    def plan_faults(self) -> None:
-        rng, faults = self.rng, self.faults
-        start, end = _CALM_UNTIL_S, self.healed_s
-        if faults.loss:
-            rough = Weather(loss=faults.loss, repeat=0.1, spike=0.1)
-            self.engine.at(start, lambda: setattr(self.network, "weather", rough))
-        kinds: list[Callable[[float, float], None]] = []
-        if faults.kill:
-            kinds += [self.kill_agent, self.crash_sequencer, self.pause_agent, self.pause_sequencer]
-        if faults.partition:
-            kinds += [self.cut_agent, self.cut_from_sequencer, self.cut_datagrams]
-        for _ in range(rng.randint(1, 4) if kinds else 0):
-            begin = rng.uniform(start, end - 0.2)
-            rng.choice(kinds)(begin, rng.uniform(begin + 0.05, end))
-        self.engine.at(end, self.heal)
-
-    def heal(self) -> None:
-        self.network.weather = CALM
-        self.note("healed")
-
-    def kill_agent(self, begin: float, end: float) -> None:
-        agent = self.rng.choice(self.agents)
-
-        def kill() -> None:
-            self.note(f"{agent.name} killed")
-            if agent.alive:
-                agent.kill()
-
-        def boot() -> None:
-            self.note(f"{agent.name} starts again")
-            if not agent.alive:
-                agent.boot()
-
-        self.engine.at(begin, kill)
-        self.engine.at(end, boot)
-
-    def crash_sequencer(self, begin: float, end: float) -> None:
-        def boot() -> None:
-            if self.core is None:
-                self.start_sequencer()
-
-        self.engine.at(begin, self.kill_sequencer)
-        self.engine.at(end, boot)
-
-    def pause_agent(self, begin: float, end: float) -> None:
-        agent = self.rng.choice(self.agents)
-
-        def pause() -> None:
-            self.note(f"{agent.name} pauses")
-            agent.pause()
-
-        def resume() -> None:
-            self.note(f"{agent.name} resumes")
-            agent.resume()
-
-        self.engine.at(begin, pause)
-        self.engine.at(min(end, begin + _MAX_WAIT_S - 0.5), resume)
-
-    def pause_sequencer(self, begin: float, end: float) -> None:
-        def pause() -> None:
-            self.note("sequencer pauses")
-            self.sequencer_paused = True
-
-        self.engine.at(begin, pause)
-        self.engine.at(end, self.resume_sequencer)
-
-    def cut_agent(self, begin: float, end: float) -> None:
-        agent = self.rng.choice(self.agents)
-        others = [other.name for other in self.agents if other is not agent]
-        self._cut(agent.name, [SEQUENCER, *others], begin, end)
-
-    def cut_from_sequencer(self, begin: float, end: float) -> None:
-        self._cut(self.rng.choice(self.agents).name, [SEQUENCER], begin, end)
-
-    def cut_datagrams(self, begin: float, end: float) -> None:
-        agent = self.rng.choice(self.agents)
-        others = [other.name for other in self.agents if other is not agent]
-        self._cut(agent.name, others, begin, end)
-
-    def _cut(self, name: str, others: list[str], begin: float, end: float) -> None:
-        one_way = self.rng.random() < 0.3
-        pairs = [(name, other) for other in others]
-        if not one_way:
-            pairs += [(other, name) for other in others]
-
-        def cut() -> None:
-            self.note(f"cut {name} from {', '.join(others)}{' (one way)' if one_way else ''}")
-            for pair in pairs:
-                self.network.cut(*pair)
-
-        def mend() -> None:
-            self.note(f"mended {name}")
-            for pair in pairs:
-                self.network.mend(*pair)
-
-        self.engine.at(begin, cut)
-        self.engine.at(end, mend)
-
     def change_policy(self) -> None:
         """Another first threshold, at each agent at a slightly different time."""
         classes = self.policy.classes
@@ -540,7 +410,8 @@ class _Simulation:
             agent.boot()
             self.engine.after(self.rng.random() * 0.1, lambda agent=agent: self.arrivals(agent))  # type: ignore[misc]  # bound now, not later
         if self.faults.any:
-            self.plan_faults()
+            mishaps = Mishaps(self, _MAX_WAIT_S - 0.5)
+            mishaps.plan(_CALM_UNTIL_S, self.healed_s)
         if self.rng.random() < 0.2:
             self.engine.at(self.rng.uniform(_CALM_UNTIL_S, self.end_s), self.change_policy)
         self.engine.run(until=self.end_s + _MAX_WAIT_S + 0.5)
@@ -559,7 +430,7 @@ class _Simulation:
 
 def run_seed(seed: int, faults: Faults, *, trace: bool = False) -> FaultRun:
     """One seed, alone and reproducible; with trace its story is told."""
-    simulation = _Simulation(seed, faults, trace)
+    simulation = Simulation(seed, faults, trace)
     try:
         return simulation.run()
     except Exception as error:  # a crash is a finding
@@ -567,41 +438,3 @@ def run_seed(seed: int, faults: Faults, *, trace: bool = False) -> FaultRun:
         if trace:
             raise
         return simulation.run_
-
-
-def add_up(runs: Iterable[FaultRun]) -> dict[str, Any]:
-    """The totals over seeds, JSON-ready."""
-    total: dict[str, Any] = {
-        "seeds": 0,
-        "flows": 0,
-        "stalls": 0,
-        "order_violations": 0,
-        "double_starts": 0,
-        "repeated_ids": 0,
-        "late_starts": 0,
-        "ordered_starts": 0,
-        "degraded_starts": {},
-        "demoted": 0,
-        "max_wait_s": 0.0,
-        "failed_seeds": [],
-    }
-    for run in runs:
-        total["seeds"] += 1
-        for name in (
-            "flows",
-            "stalls",
-            "order_violations",
-            "double_starts",
-            "repeated_ids",
-            "late_starts",
-            "ordered_starts",
-            "demoted",
-        ):
-            total[name] += getattr(run, name)
-        for reason, count in run.degraded_starts.items():
-            degraded = total["degraded_starts"]
-            degraded[reason] = degraded.get(reason, 0) + count
-        total["max_wait_s"] = max(total["max_wait_s"], run.max_wait_s)
-        if run.violations:
-            total["failed_seeds"].append(run.seed)
-    return total

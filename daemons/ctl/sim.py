@@ -21,7 +21,7 @@ from intentd.daemons.ctl.flows import (
 from intentd.daemons.ctl.sim_jobs import jobs_command
 
 if TYPE_CHECKING:
-    from intentd.core.sim.faults import FaultRun, Faults
+    from intentd.core.sim.fault_runs import FaultRun, Faults
 
 app = typer.Typer(help="Simulations that drive the daemons' own code.", no_args_is_help=True)
 
@@ -143,7 +143,8 @@ def faults(
     A seed that violates anything is printed and replays alone: --seeds S:S+1 --trace. Exit status
     1 if any did.
     """
-    from intentd.core.sim.faults import Faults, add_up, run_seed
+    from intentd.core.sim.fault_runs import Faults, add_up
+    from intentd.core.sim.faults import run_seed
 
     first, last = _seed_range(seeds)
     if not 0 <= loss <= 0.9:

@@ -7,7 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from intentd.core.sim.faults import Faults, run_seed
+from intentd.core.sim.fault_runs import Faults
+from intentd.core.sim.faults import run_seed
 from intentd.daemons.ctl.sim import app
 
 ALL = Faults(loss=0.3, kill=True, partition=True)

@@ -171,8 +171,8 @@ def _print_job(result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
         return
     print(result["table"])
-    if not result["shaped"]:
-        print(f"not shaped: {result['why_not_shaped']}; order shows, shares of the link do not")
+    for note in result["notes"]:
+        print(note)
     print(f"report: {result['report']}")
 
 

@@ -21,6 +21,13 @@ EXPERIMENTS: Final = {
 GATES: Final = ("agent", "local")
 
 
+NO_BOTTLENECK: Final = (
+    "The loopback is not shaped and carries many times the load: flows that start at once (PS) "
+    "hardly slow each other down there, while those that take turns still wait. These are times of "
+    "the gate; what 2D gains at a bottleneck shows in namespaces, as root."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Empty workloads, policies and loads, and a duration or seeds of 0, mean the experiment's own.
@@ -85,7 +92,4 @@ class Options:
         """What a reader has to know before the figures."""
         if self.namespaces:
             return []
-        return [
-            "Not root: everything ran on the loopback, which is not shaped. Flows were gated and "
-            "marked, but the link was no bottleneck: these are times of the gate, not of 2D."
-        ]
+        return [NO_BOTTLENECK]

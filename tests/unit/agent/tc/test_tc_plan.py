@@ -158,9 +158,9 @@ def test_plan_leads_there_and_then_is_empty(before: DomainPolicy, after: DomainP
     assert not any(isinstance(step, (InstallRoot, RemoveRoot)) for step in steps)
     held = kernel(held, steps)
     assert plan.changes(second, held) == []
-    assert {minor: there.shape for minor, there in held.classes.items()} == {
-        cls.minor: cls for cls in second.classes
-    }
+    assert set(held.classes) == {cls.minor for cls in second.classes}
+    # a change below the tolerance of reading back is none
+    assert all(plan.same_class(cls, held.classes[cls.minor].shape) for cls in second.classes)
 
 
 @given(policies, st.data())
@@ -169,14 +169,15 @@ def test_any_drift_is_repaired(wanted: DomainPolicy, data: st.DataObject) -> Non
     held = kernel(EMPTY, plan.changes(tree, EMPTY))
     classes = dict(held.classes)
     victim = data.draw(st.sampled_from([cls.minor for cls in tree.leaves]))
+    there = classes[victim].shape
     drifted = data.draw(
         st.sampled_from(
             [
                 None,
                 replace(classes[victim], queue_packets=None),
-                replace(classes[victim], shape=replace(classes[victim].shape, prio=5)),
-                replace(classes[victim], shape=replace(classes[victim].shape, quantum_bytes=1)),
-                replace(classes[victim], shape=replace(classes[victim].shape, rate_bps=1)),
+                replace(classes[victim], shape=replace(there, prio=(there.prio + 1) % 8)),
+                replace(classes[victim], shape=replace(there, quantum_bytes=1)),
+                replace(classes[victim], shape=replace(there, rate_bps=1)),
             ]
         )
     )

@@ -178,6 +178,11 @@ def _open_packet(
 _UNMARKED_BY_SIZE: Final = struct.pack("!HH", 0, _NO_CLASS)  # flags and class_hint of an OPEN
 
 
+def _numbered(packet: bytes, request: int) -> bytes:
+    """The OPEN under its request number."""
+    return packet[:4] + request.to_bytes(4, "big") + packet[8:]
+
+
 def _started(packet: bytes, request: int) -> bytes:
     """The same OPEN for a flow that sends already."""
     flags = _STARTED.to_bytes(2, "big")
@@ -364,15 +369,6 @@ def received_board(packet: bytes, fds: list[int]) -> Board | None:
     return None
 
 
-def _forget(replies: dict[int, _Reply], request: int) -> None:
-    """Nobody waits for the request any more; one that the agent still answers stays until then."""
-    reply = replies.get(request)
-    if reply is not None and reply.flow is not None:
-        reply.over = True
-    else:
-        replies.pop(request, None)
-
-
 def pending_bytes(sock: _Fileno) -> int:
     """Bytes given to a TCP or UDP socket that have not left this host; 0 where it cannot be told.
 
@@ -457,6 +453,7 @@ class _FlowState:
         self._open = True
         self._sockets: list[Any] = []
         self._connection: Any = None
+        self._reply: _Reply | None = None
         self._counter: Counter[str] | None = None  # where a late reason is counted
 
     def __del__(self) -> None:
@@ -467,7 +464,7 @@ class _FlowState:
         warnings.warn(f"flow {self.id} was never closed", ResourceWarning, stacklevel=2)
         connection.abandon(self._request)
 
-    def _granted(self, grant: tuple[int, ...]) -> None:
+    def _granted(self, grant: tuple[int, ...], connection: _ConnectionState, reply: _Reply) -> None:
         (_, _, _, _, flow, index, dscp, reason, flags, _, priority, early, rate) = grant
         self.id, self.class_index, self.dscp, self.priority = flow, index, dscp, priority
         self.degraded = _REASONS[reason] if reason < len(_REASONS) else "policy"
@@ -475,10 +472,12 @@ class _FlowState:
             self.degraded = ""
         self.marked = bool(flags & _GRANT_MARKED)
         self._early_fin, self._rate_bps = early, rate
+        self._connection, self._reply = connection, reply
 
-    def _offered(self, offer: _Offer) -> None:
+    def _offered(self, offer: _Offer, connection: _ConnectionState, reply: _Reply) -> None:
         self.class_index, self.dscp, self.priority = offer.class_index, offer.dscp, offer.priority
         self._early_fin, self._rate_bps = offer.early_fin_bytes, offer.rate_bps
+        self._connection, self._reply = connection, reply
 
     def _confirmed(self, grant: tuple[int, ...]) -> None:
         """The agent's word on a flow that started by the board."""
@@ -502,6 +501,81 @@ class _FlowState:
         if sock is not None and not any(known is sock for known in self._sockets):
             self._sockets.append(sock)
         self.bytes_sent += sent
+
+    def sent(self, sink: Any, count: int) -> None:
+        """Say that count bytes were sent on a socket (or writer) by other means than ``send``."""
+        self._note(sink, count)
+
+    def announce(self, bytes_left: int = 0) -> None:
+        """Nearly done: let the next flow start while the last bytes leave. Once; optional."""
+        if self._announced or self._connection is None:
+            return
+        self._announced = True
+        self._tell(_ANNOUNCE_PACKET.pack(_MAGIC, _VERSION, _ANNOUNCE, self._request, bytes_left))
+
+    def cancel(self) -> None:
+        """The flow will not send (any more); pass the turn on."""
+        self._finish(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, self._request))
+
+    def _ask_mark(self, sock: Any) -> bool:
+        """Pass the socket to the agent to be marked. False: nobody to ask."""
+        if self._connection is None or self._reply is None:
+            return False
+        self._reply.marked = None
+        self._connection.send(_HEADER.pack(_MAGIC, _VERSION, _MARK, self._request), sock)
+        return True
+
+    def _drain_pause(self, left: int, watch: _Leaving) -> float | None:
+        """Seconds until the bytes left are worth another look; None: done, or nothing leaves."""
+        if 0 < left <= self._early_fin:
+            self.announce(left)
+        if left == 0:
+            return None
+        now = time.monotonic()
+        if left < watch.least:
+            watch.least, watch.since = left, now
+        elif now - watch.since > _STALL_S:
+            return None
+        goal = left if self._announced else max(0, left - self._early_fin)
+        return _drain_sleep_s(goal, self._rate_bps)
+
+    @property
+    def _drains(self) -> bool:
+        return self._open and self._connection is not None and not self._connection.dead
+
+    def _done(self) -> None:
+        """The bytes have left, or nobody waits for them any more."""
+        ended_ns = time.monotonic_ns() if self._started_ns else 0
+        self._finish(
+            _DONE_PACKET.pack(
+                _MAGIC, _VERSION, _DONE, self._request, self.bytes_sent, self._started_ns, ended_ns
+            )
+        )
+
+    def _finish(self, packet: bytes) -> None:
+        if not self._open:
+            return
+        self._open = False
+        if self._connection is not None:
+            self._connection.forget(self._request)
+            self._tell(packet)
+            self._connection = None
+
+    def _tell(self, packet: bytes) -> None:
+        try:
+            if self._connection is not None and self._connection.pid == os.getpid():
+                self._connection.send(packet)
+        except _AgentGoneError:
+            pass  # the agent learns it from the connection's end
+
+
+class _Leaving:
+    """The fewest bytes that a flow has had left, and since when."""
+
+    __slots__ = ("least", "since")
+
+    def __init__(self) -> None:
+        self.least, self.since = 1 << 62, time.monotonic()
 
 
 class _Settings:
@@ -549,6 +623,26 @@ class _Settings:
                 self._on_degraded(flow)
 
 
+def _grant_of(reply: _Reply) -> tuple[int, ...]:
+    """What the agent said to an OPEN. Raises _AgentGoneError: nothing in time, or a refusal."""
+    grant = reply.grant
+    if grant is None:
+        raise _AgentGoneError("timeout" if reply.answer else "slow")
+    if isinstance(grant, _AgentGoneError):
+        raise grant
+    return grant
+
+
+def _give_up(connection: _ConnectionState, request: int, error: BaseException) -> None:
+    """An OPEN that was sent came to nothing: tell the agent, unless it said so itself."""
+    reason = error.reason if isinstance(error, _AgentGoneError) else ""
+    if reason == "slow":  # not even QUEUED: the agent hangs
+        connection.fail("slow")
+    elif reason in ("", "timeout") and not connection.dead:
+        with contextlib.suppress(_AgentGoneError):
+            connection.send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, request))
+
+
 class _Retry:
     """When the agent may be tried again: at once first, then after growing pauses."""
 
@@ -591,31 +685,18 @@ def _fd_ancillary(sock: _Fileno) -> list[tuple[int, int, bytes]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno()]).tobytes())]
 
 
-# -- sync -----------------------------------------------------------------------------------------
+class _ConnectionState:
+    """Requests and what the agent has said to them; the board; the end. Sending is the shells'."""
 
-
-class _Connection:
-    """One connection shared by all threads of a process: whoever waits reads for all.
-
-    A thread that waits for its reply becomes the reader if there is none; others sleep on a lock of
-    their own. The reader files what it reads, wakes whom it concerns and, when it has its own
-    reply, wakes one sleeper to read on. No thread of ours, and no hop where one thread is alone.
-    """
-
-    def __init__(self, path: str, hello: bytes) -> None:
-        self._sock = _connect(path)
-        self._sock.setblocking(True)
-        _set_timeout(self._sock, socket.SO_SNDTIMEO, _ANSWER_TIMEOUT_S)
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
         self.pid = os.getpid()
         self.dead = False
         self._lock = threading.Lock()
-        self._reading = False
         self._replies: dict[int, _Reply] = {}
         self._next_request = 0
-        self._read_timeout_s = 0.0
         self._greeted = False
         self._board: Board | None = None
-        self.send(hello)
 
     def __del__(self) -> None:
         sock = getattr(self, "_sock", None)
@@ -635,20 +716,115 @@ class _Connection:
         return number, reply
 
     def forget(self, request: int) -> None:
-        _forget(self._replies, request)
+        """Nobody waits for the request; one that the agent still answers stays until then."""
+        reply = self._replies.get(request)
+        if reply is not None and reply.flow is not None:
+            reply.over = True
+        else:
+            self._replies.pop(request, None)
+
+    def abandon(self, request: int) -> None:
+        """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
+        self.forget(request)
+        if not self.dead and self.pid == os.getpid():
+            packet = _HEADER.pack(_MAGIC, _VERSION, _CANCEL, request)
+            with contextlib.suppress(OSError):
+                self._sock.send(packet, socket.MSG_DONTWAIT)
 
     def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
         """The class this OPEN may start in at once, by the board."""
-        board = self._board
-        if board is None:
+        if self._board is None or packet[8:12] != _UNMARKED_BY_SIZE:
             return None
-        if board.unsettled:
-            self._read_answers()
         with self._lock:
-            offer = board.start(request, *_wish(packet))
+            offer = self._board.start(request, *_wish(packet))
             if offer is not None:
                 reply.flow = flow
         return offer
+
+    def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
+        """Raises _AgentGoneError."""
+        raise NotImplementedError
+
+    def fail(self, reason: str) -> None:
+        """End the connection for everyone: all that wait get the reason."""
+        with self._lock:
+            if self.dead:
+                return
+            self.dead = True
+            waiting = list(self._replies.values())
+        self._hang_up()
+        for reply in waiting:
+            if reply.grant is None:
+                reply.grant = _AgentGoneError(reason)
+            elif reply.marked is None:
+                reply.marked = ()
+            self._wake(reply)
+
+    def _hang_up(self) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _wake(reply: _Reply) -> None:
+        raise NotImplementedError
+
+    def _receive(self) -> bytes | None:
+        """The next packet, empty at the end, None: not yet. The first may bring a board."""
+        try:
+            if self._greeted:
+                return self._sock.recv(_MAX_PACKET)
+            packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1)
+            self._greeted = True
+            self._board = received_board(packet, fds)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+        return packet
+
+    def _file(self, packet: bytes) -> None:
+        if not packet:
+            self.fail("closed")
+            return
+        try:
+            changed = _understand(packet, self._replies, self._board)
+        except _AgentGoneError as gone:
+            self.fail(gone.reason)
+            return
+        if changed is not None:
+            self._wake(changed)
+
+
+def _has_grant(reply: _Reply) -> bool:
+    return reply.grant is not None
+
+
+def _has_mark(reply: _Reply) -> bool:
+    return reply.marked is not None
+
+
+# -- sync -----------------------------------------------------------------------------------------
+
+
+class _Connection(_ConnectionState):
+    """One connection shared by all threads of a process: whoever waits reads for all.
+
+    A thread that waits for its reply becomes the reader if there is none; others sleep on a lock of
+    their own. The reader files what it reads, wakes whom it concerns and, when it has its own
+    reply, wakes one sleeper to read on. No thread of ours, and no hop where one thread is alone.
+    """
+
+    def __init__(self, path: str, hello: bytes) -> None:
+        super().__init__(_connect(path))
+        self._sock.setblocking(True)
+        _set_timeout(self._sock, socket.SO_SNDTIMEO, _ANSWER_TIMEOUT_S)
+        self._reading = False
+        self._read_timeout_s = 0.0
+        self.send(hello)
+
+    def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
+        if self._board is not None and self._board.unsettled:
+            self._read_answers()
+        return super().offer(request, reply, flow, packet)
 
     def _read_answers(self) -> None:
         """File what has come, if nobody else is reading: flows that started did not wait for it."""
@@ -668,14 +844,6 @@ class _Connection:
         finally:
             self._hand_over()
 
-    def abandon(self, request: int) -> None:
-        """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
-        self.forget(request)
-        if not self.dead and self.pid == os.getpid():
-            packet = _HEADER.pack(_MAGIC, _VERSION, _CANCEL, request)
-            with contextlib.suppress(OSError):
-                self._sock.send(packet, socket.MSG_DONTWAIT)
-
     def send(self, packet: bytes, sock: _Fileno | None = None) -> None:
         """Raises _AgentGoneError; never waits longer than the answer timeout."""
         try:
@@ -692,21 +860,9 @@ class _Connection:
             self.fail("closed")
             raise _AgentGoneError("closed") from None
 
-    def fail(self, reason: str) -> None:
-        """End the connection for everyone: all that wait get the reason."""
-        with self._lock:
-            if self.dead:
-                return
-            self.dead = True
-            waiting = list(self._replies.values())
+    def _hang_up(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # also ends the reader's recv
-        for reply in waiting:
-            if reply.grant is None:
-                reply.grant = _AgentGoneError(reason)
-            elif reply.marked is None:
-                reply.marked = ()
-            self._wake(reply)
 
     def wait(
         self, reply: _Reply, ready: Callable[[_Reply], bool], timeout_s: float, longest_s: float
@@ -746,30 +902,9 @@ class _Connection:
         if not 0 <= self._read_timeout_s - timeout_s < 0.02:
             self._read_timeout_s = timeout_s + 0.01
             _set_timeout(self._sock, socket.SO_RCVTIMEO, self._read_timeout_s)
-        try:
-            if self._greeted:
-                packet = self._sock.recv(_MAX_PACKET)
-            else:
-                packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1)
-                self._greeted = True
-                self._board = received_board(packet, fds)
-        except BlockingIOError:
-            return
-        except OSError:
-            packet = b""
-        self._file(packet)
-
-    def _file(self, packet: bytes) -> None:
-        if not packet:
-            self.fail("closed")
-            return
-        try:
-            changed = _understand(packet, self._replies, self._board)
-        except _AgentGoneError as gone:
-            self.fail(gone.reason)
-            return
-        if changed is not None:
-            self._wake(changed)
+        packet = self._receive()
+        if packet is not None:
+            self._file(packet)
 
     def _hand_over(self) -> None:
         with self._lock:
@@ -786,21 +921,8 @@ class _Connection:
                 reply.wake.release()
 
 
-def _has_grant(reply: _Reply) -> bool:
-    return reply.grant is not None
-
-
-def _has_mark(reply: _Reply) -> bool:
-    return reply.marked is not None
-
-
 class Flow(_FlowState):
     """A flow that may send now. Use it as a context manager, or call ``close``."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._connection: _Connection | None = None
-        self._reply: _Reply | None = None
 
     def send(self, sock: socket.socket, data: bytes | bytearray | memoryview) -> None:
         """Mark the socket with the flow's class if it is not, and send all of data."""
@@ -821,82 +943,28 @@ class Flow(_FlowState):
         """Have the agent set the socket's class (SO_PRIORITY and DSCP). True: it has it."""
         if not self._needs_mark(sock):
             return bool(self.priority or self.dscp)
-        connection, reply = self._connection, self._reply
-        if connection is None or reply is None:
-            return False
-        reply.marked = None
         try:
-            connection.send(_HEADER.pack(_MAGIC, _VERSION, _MARK, self._request), sock)
-            connection.wait(reply, _has_mark, _MARK_TIMEOUT_S, 0.0)
+            if not self._ask_mark(sock):
+                return False
+            self._connection.wait(self._reply, _has_mark, _MARK_TIMEOUT_S, 0.0)
         except _AgentGoneError:
             return False
-        return bool(reply.marked)
-
-    def sent(self, sock: socket.socket, count: int) -> None:
-        """Say that count bytes were sent on sock by other means than ``send``."""
-        self._note(sock, count)
-
-    def announce(self, bytes_left: int = 0) -> None:
-        """Nearly done: let the next flow start while the last bytes leave. Once; optional."""
-        if self._announced or self._connection is None:
-            return
-        self._announced = True
-        self._tell(_ANNOUNCE_PACKET.pack(_MAGIC, _VERSION, _ANNOUNCE, self._request, bytes_left))
+        return bool(self._reply and self._reply.marked)
 
     def drain(self) -> None:
         """Wait until the bytes have left the host; bounded: a receiver that stalls ends it."""
-        least, since = 1 << 62, time.monotonic()
+        watch = _Leaving()
         while True:
-            left = sum(pending_bytes(sock) for sock in self._sockets)
-            if 0 < left <= self._early_fin:
-                self.announce(left)
-            if left == 0:
+            pause = self._drain_pause(sum(pending_bytes(sock) for sock in self._sockets), watch)
+            if pause is None:
                 return
-            now = time.monotonic()
-            if left < least:
-                least, since = left, now
-            elif now - since > _STALL_S:
-                return
-            goal = left if self._announced else max(0, left - self._early_fin)
-            time.sleep(_drain_sleep_s(goal, self._rate_bps))
-
-    def cancel(self) -> None:
-        """The flow will not send (any more); pass the turn on."""
-        self._finish(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, self._request))
+            time.sleep(pause)
 
     def close(self) -> None:
         """Wait until the bytes have left, then pass the turn on."""
-        if not self._open:
-            return
-        if self._connection is not None and not self._connection.dead:
+        if self._drains:
             self.drain()
-        self._finish(
-            _DONE_PACKET.pack(
-                _MAGIC,
-                _VERSION,
-                _DONE,
-                self._request,
-                self.bytes_sent,
-                self._started_ns,
-                time.monotonic_ns() if self._started_ns else 0,
-            )
-        )
-
-    def _finish(self, packet: bytes) -> None:
-        if not self._open:
-            return
-        self._open = False
-        if self._connection is not None:
-            self._connection.forget(self._request)
-            self._tell(packet)
-            self._connection = None
-
-    def _tell(self, packet: bytes) -> None:
-        try:
-            if self._connection is not None and self._connection.pid == os.getpid():
-                self._connection.send(packet)
-        except _AgentGoneError:
-            pass  # the agent learns it from the connection's end
+        self._done()
 
     def __enter__(self) -> Flow:
         return self
@@ -970,7 +1038,7 @@ class Flows(_Settings):
             connection = self._connected()
             request, reply = connection.request()
             try:
-                connection.send(packet[:4] + request.to_bytes(4, "big") + packet[8:], sock)
+                connection.send(_numbered(packet, request), sock)
                 connection.wait(reply, _has_grant, _MARK_TIMEOUT_S, 0.0)
             finally:
                 connection.forget(request)
@@ -991,34 +1059,24 @@ class Flows(_Settings):
         connection = self._connected()
         request, reply = connection.request()
         flow._request = request
-        if packet[8:12] == _UNMARKED_BY_SIZE:
-            offer = connection.offer(request, reply, flow, packet)
-            if offer is not None:
-                connection.send(_started(packet, request))
-                flow._offered(offer)
-                flow._connection, flow._reply, flow._counter = connection, reply, self.degraded
-                return
+        offer = connection.offer(request, reply, flow, packet)
+        if offer is not None:
+            connection.send(_started(packet, request))
+            flow._counter = self.degraded
+            flow._offered(offer, connection, reply)
+            return
+        sent = False
         try:
-            connection.send(packet[:4] + request.to_bytes(4, "big") + packet[8:], sock)
-            granted = connection.wait(reply, _has_grant, self._answer_timeout_s, self._max_wait_s)
-            grant = reply.grant
-            if not granted or grant is None:
-                raise self._late(connection, request, reply)
-            if isinstance(grant, _AgentGoneError):
-                raise grant
-        except BaseException:
+            connection.send(_numbered(packet, request), sock)
+            sent = True
+            connection.wait(reply, _has_grant, self._answer_timeout_s, self._max_wait_s)
+            grant = _grant_of(reply)
+        except BaseException as error:
             connection.forget(request)
+            if sent:
+                _give_up(connection, request, error)
             raise
-        flow._granted(grant)
-        flow._connection, flow._reply = connection, reply
-
-    def _late(self, connection: _Connection, request: int, reply: _Reply) -> _AgentGoneError:
-        if not reply.answer:  # not even QUEUED: the agent hangs
-            connection.fail("slow")
-            return _AgentGoneError("slow")
-        with contextlib.suppress(_AgentGoneError):
-            connection.send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, request))
-        return _AgentGoneError("timeout")
+        flow._granted(grant, connection, reply)
 
     def _connected(self) -> _Connection:
         connection = self._connection
@@ -1043,57 +1101,16 @@ class Flows(_Settings):
 # -- async ----------------------------------------------------------------------------------------
 
 
-class _AsyncConnection:
+class _AsyncConnection(_ConnectionState):
     """One connection shared by all tasks of a loop, read by the loop's reader callback."""
 
     def __init__(self, path: str, hello: bytes, loop: asyncio.AbstractEventLoop) -> None:
-        self._sock = _connect(path)
+        super().__init__(_connect(path))
         self.loop = loop
-        self.pid = os.getpid()
-        self.dead = False
-        self._replies: dict[int, _Reply] = {}
-        self._next_request = 0
         self._backlog: list[bytes] = []
         self._later: list[bytes] = []  # OPENs of flows that have started by the board
-        self._greeted = False
-        self._board: Board | None = None
         loop.add_reader(self._sock.fileno(), self._readable)
         self.send(hello)
-
-    def __del__(self) -> None:
-        sock = getattr(self, "_sock", None)
-        if sock is not None:
-            sock.close()
-
-    def request(self) -> tuple[int, _Reply]:
-        number = self._next_request
-        while True:
-            number = number % 0xFFFFFFFF + 1
-            if number not in self._replies:
-                break
-        self._next_request = number
-        reply = self._replies[number] = _Reply()
-        return number, reply
-
-    def forget(self, request: int) -> None:
-        _forget(self._replies, request)
-
-    def abandon(self, request: int) -> None:
-        """CANCEL without waiting, from any thread: a flow was dropped unclosed."""
-        self.forget(request)
-        if not self.dead and self.pid == os.getpid():
-            packet = _HEADER.pack(_MAGIC, _VERSION, _CANCEL, request)
-            with contextlib.suppress(OSError):
-                self._sock.send(packet, socket.MSG_DONTWAIT)
-
-    def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
-        """The class this OPEN may start in at once, by the board."""
-        if self._board is None:
-            return None
-        offer = self._board.start(request, *_wish(packet))
-        if offer is not None:
-            reply.flow = flow
-        return offer
 
     def send_later(self, packet: bytes) -> None:
         """Tell the agent when the task has done what it can do at once: its data goes first."""
@@ -1154,44 +1171,20 @@ class _AsyncConnection:
         if not self._backlog:
             self.loop.remove_writer(self._sock.fileno())
 
-    def fail(self, reason: str) -> None:
-        if self.dead:
-            return
-        self.dead = True
+    def _hang_up(self) -> None:
         if not self.loop.is_closed():
             self.loop.remove_reader(self._sock.fileno())
             self.loop.remove_writer(self._sock.fileno())
         self._sock.close()
-        for reply in list(self._replies.values()):
-            if reply.grant is None:
-                reply.grant = _AgentGoneError(reason)
-            elif reply.marked is None:
-                reply.marked = ()
-            self._wake(reply)
 
     def _readable(self) -> None:
         for _ in range(64):  # then other callbacks of the loop have their turn
-            try:
-                if self._greeted:
-                    packet = self._sock.recv(_MAX_PACKET)
-                else:
-                    packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1)
-                    self._greeted = True
-                    self._board = received_board(packet, fds)
-            except BlockingIOError:
+            packet = self._receive()
+            if packet is None:
                 return
-            except OSError:
-                packet = b""
-            if not packet:
-                self.fail("closed")
+            self._file(packet)
+            if self.dead:
                 return
-            try:
-                changed = _understand(packet, self._replies, self._board)
-            except _AgentGoneError as gone:
-                self.fail(gone.reason)
-                return
-            if changed is not None:
-                self._wake(changed)
 
     async def wait(
         self, reply: _Reply, ready: Callable[[_Reply], bool], timeout_s: float, longest_s: float
@@ -1223,11 +1216,6 @@ class _AsyncConnection:
 class AsyncFlow(_FlowState):
     """A flow of an asyncio program: ``async with aflows.open(...) as flow``."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._connection: _AsyncConnection | None = None
-        self._reply: _Reply | None = None
-
     async def send(self, sink: Any, data: bytes | bytearray | memoryview) -> None:
         """Send all of data on a StreamWriter or a non-blocking socket, marked with the class."""
         writer = hasattr(sink, "drain")
@@ -1245,27 +1233,13 @@ class AsyncFlow(_FlowState):
         sock = _socket_of(sink)
         if sock is None or not self._needs_mark(sock):
             return bool(sock is not None and (self.priority or self.dscp))
-        connection, reply = self._connection, self._reply
-        if connection is None or reply is None:
-            return False
-        reply.marked = None
         try:
-            connection.send(_HEADER.pack(_MAGIC, _VERSION, _MARK, self._request), sock)
-            await connection.wait(reply, _has_mark, _MARK_TIMEOUT_S, 0.0)
+            if not self._ask_mark(sock):
+                return False
+            await self._connection.wait(self._reply, _has_mark, _MARK_TIMEOUT_S, 0.0)
         except _AgentGoneError:
             return False
-        return bool(reply.marked)
-
-    def sent(self, sink: Any, count: int) -> None:
-        """Say that count bytes were sent on sink by other means than ``send``."""
-        self._note(sink, count)
-
-    def announce(self, bytes_left: int = 0) -> None:
-        """Nearly done: let the next flow start while the last bytes leave. Once; optional."""
-        if self._announced or self._connection is None:
-            return
-        self._announced = True
-        self._tell(_ANNOUNCE_PACKET.pack(_MAGIC, _VERSION, _ANNOUNCE, self._request, bytes_left))
+        return bool(self._reply and self._reply.marked)
 
     async def drain(self) -> None:
         """Wait until the bytes have left the host; bounded: a receiver that stalls ends it.
@@ -1273,62 +1247,21 @@ class AsyncFlow(_FlowState):
         Loops sleep in whole milliseconds. Up to one millisecond of what is left is therefore waited
         for in turns of the loop, so that the next flow does not find the link idle.
         """
-        least, since = 1 << 62, time.monotonic()
+        watch = _Leaving()
         while True:
-            left = sum(_pending(sink) for sink in self._sockets)
-            if 0 < left <= self._early_fin:
-                self.announce(left)
-            if left == 0:
+            pause = self._drain_pause(sum(_pending(sink) for sink in self._sockets), watch)
+            if pause is None:
                 return
-            now = time.monotonic()
-            if left < least:
-                least, since = left, now
-            elif now - since > _STALL_S:
-                return
-            goal = left if self._announced else max(0, left - self._early_fin)
-            pause = _drain_sleep_s(goal, self._rate_bps)
-            spin = pause < 1e-3 and now - since < 1e-3
+            spin = pause < 1e-3 and time.monotonic() - watch.since < 1e-3
             await asyncio.sleep(0 if spin else max(1e-3, pause))
-
-    def cancel(self) -> None:
-        """The flow will not send (any more); pass the turn on."""
-        self._finish(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, self._request))
 
     async def close(self) -> None:
         """Wait until the bytes have left, then pass the turn on."""
-        if not self._open:
-            return
         try:
-            if self._connection is not None and not self._connection.dead:
+            if self._drains:
                 await self.drain()
         finally:
-            self._finish(
-                _DONE_PACKET.pack(
-                    _MAGIC,
-                    _VERSION,
-                    _DONE,
-                    self._request,
-                    self.bytes_sent,
-                    self._started_ns,
-                    time.monotonic_ns() if self._started_ns else 0,
-                )
-            )
-
-    def _finish(self, packet: bytes) -> None:
-        if not self._open:
-            return
-        self._open = False
-        if self._connection is not None:
-            self._connection.forget(self._request)
-            self._tell(packet)
-            self._connection = None
-
-    def _tell(self, packet: bytes) -> None:
-        try:
-            if self._connection is not None and self._connection.pid == os.getpid():
-                self._connection.send(packet)
-        except _AgentGoneError:
-            pass  # the agent learns it from the connection's end
+            self._done()
 
 
 def _socket_of(sink: Any) -> Any:
@@ -1420,36 +1353,24 @@ class AsyncFlows(_Settings):
         connection = self._connected()
         request, reply = connection.request()
         flow._request = request
-        if packet[8:12] == _UNMARKED_BY_SIZE:
-            offer = connection.offer(request, reply, flow, packet)
-            if offer is not None:
-                connection.send_later(_started(packet, request))
-                flow._offered(offer)
-                flow._connection, flow._reply, flow._counter = connection, reply, self.degraded
-                return
+        offer = connection.offer(request, reply, flow, packet)
+        if offer is not None:
+            connection.send_later(_started(packet, request))
+            flow._counter = self.degraded
+            flow._offered(offer, connection, reply)
+            return
         sent = False
         try:
-            connection.send(packet[:4] + request.to_bytes(4, "big") + packet[8:], sock)
+            connection.send(_numbered(packet, request), sock)
             sent = True
-            granted = await connection.wait(
-                reply, _has_grant, self._answer_timeout_s, self._max_wait_s
-            )
-            grant = reply.grant
-            if not granted or grant is None:
-                if not reply.answer:
-                    connection.fail("slow")
-                    raise _AgentGoneError("slow")
-                raise _AgentGoneError("timeout")
-            if isinstance(grant, _AgentGoneError):
-                raise grant
+            await connection.wait(reply, _has_grant, self._answer_timeout_s, self._max_wait_s)
+            grant = _grant_of(reply)
         except BaseException as error:
             connection.forget(request)
-            refused = isinstance(error, _AgentGoneError) and error.reason != "timeout"
-            if sent and not refused and not connection.dead:
-                connection.send(_HEADER.pack(_MAGIC, _VERSION, _CANCEL, request))
+            if sent:
+                _give_up(connection, request, error)
             raise
-        flow._granted(grant)
-        flow._connection, flow._reply = connection, reply
+        flow._granted(grant, connection, reply)
 
     def _retry(self) -> _Retry:
         retry: _Retry | None = getattr(self._local, "retry", None)

@@ -15,10 +15,19 @@ from intentd.controller.search import (
     prompts_cache,
     prompts_cascade,
     prompts_context,
+    prompts_facts,
     prompts_routing,
 )
-from intentd.controller.search.prompts_data import Embed, provenance, set_name, train_rows
+from intentd.controller.search.prompts_data import (
+    TRAIN,
+    Embed,
+    provenance,
+    read_rows,
+    set_name,
+    train_rows,
+)
 from intentd.controller.search.prompts_routing import Progress
+from intentd.core.errors import InputError
 from intentd.core.prompts.cache.gate import GateModel
 from intentd.core.prompts.cascade import TrainedCascade
 from intentd.core.prompts.chooser import ChooserModel
@@ -127,3 +136,42 @@ def train_context(paths: Sequence[Path], *, seed: int = 0) -> tuple[ChooserModel
     """How many messages a prompt needs."""
     turns = prompts_context.turns_of(train_rows(paths))
     return prompts_context.fit_chooser(turns), _made(paths, seed, turns=len(turns.needed))
+
+
+def evaluate_facts(
+    docs: Sequence[Path], tests: Sequence[Path], embed: Embed, *, max_wrong: float
+) -> dict[str, Any]:
+    """Retrieval of facts from stored passages, and the decision to answer from them.
+
+    All passages are stored. Weight and threshold come from the train questions, the report from
+    the others; without train questions there is no threshold, and none is made up.
+    """
+    passages = [row for path in docs for row in read_rows(path)]
+    rows = [row for path in tests for row in read_rows(path)]
+    tasks = [row for row in rows if "conversation" in row]
+    questions = [row for row in rows if "question" in row]
+    if not tasks and not questions:
+        raise InputError("--test", [str(path) for path in tests], "rows with a question")
+
+    def split(given: Sequence[dict[str, Any]], *, train: bool) -> list[dict[str, Any]]:
+        return [row for row in given if (row.get("split") == TRAIN) is train]
+
+    store = prompts_facts.store_of(passages, embed)
+    result: dict[str, Any] = {"chosen_on": None}
+    chosen = prompts_facts.Chosen(0.5, None)
+    if split(questions, train=True):
+        asked = prompts_facts.ask(store, split(questions, train=True), embed)
+        chosen = prompts_facts.choose(store, asked, max_wrong)
+        result["chosen_on"] = prompts_facts.report(store, asked, chosen)
+    if questions:
+        reported = split(questions, train=False)
+        if not reported:
+            raise InputError("--test", len(questions), "questions that are not train rows")
+        result |= prompts_facts.report(store, prompts_facts.ask(store, reported, embed), chosen)
+    if tasks:
+        scored = [
+            prompts_facts.task_scores(split(tasks, train=train), embed, chosen.weight)
+            for train in (True, False)
+        ]
+        result["answerable_tasks"] = prompts_facts.report_tasks(*scored)
+    return result

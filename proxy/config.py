@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from intentd.core.errors import ConfigError
 from intentd.core.prompts.budgets import PERIODS, UNITS
 from intentd.core.prompts.models import ModelSpec
-from intentd.core.prompts.money import Price, parse_dollars
+from intentd.core.prompts.money import Price, parse_dollars, price_at
 from intentd.daemons.kit.config import (
     DaemonConfig,
     Duration,
@@ -52,12 +52,44 @@ class ListenSection(Section):
         return self
 
 
+class PriceSection(Section):
+    """What a model costs from one day on."""
+
+    since: str = Field(description="First day of these prices (UTC), such as 2026-11-01.")
+    price_in: str = Field(description="Dollars a million input tokens, as text.")
+    price_out: str = Field(description="Dollars a million output tokens, as text.")
+    price_cached_in: str = Field(
+        default="", description="Dollars a million input tokens from the provider's prompt cache."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PriceSection:
+        self.price()
+        return self
+
+    def price(self) -> Price:
+        return read_price(self.price_in, self.price_out, self.price_cached_in, self.since)
+
+
 class ModelSection(Section):
     """One upstream model. Clients name it; what they cannot name is where it is or its key."""
 
     name: str = Field(description="What clients say in `model`.")
     base_url: str = Field(
-        description="The provider's OpenAI-compatible root, such as https://api.openai.com/v1."
+        default="",
+        description="The provider's OpenAI-compatible root, such as https://api.openai.com/v1.",
+    )
+    provider: str = Field(
+        default="openai",
+        description="openai: anything that speaks its API, called directly. litellm: other "
+        "providers, through that library (extra proxy-litellm); upstream_model is then its name, "
+        "such as anthropic/claude-sonnet-4-5, and base_url may be empty.",
+        pattern="^(openai|litellm)$",
+    )
+    params: dict[str, Any] = Field(
+        default={},
+        description="With litellm: what its calls take beside OpenAI's fields, such as "
+        "api_version.",
     )
     upstream_model: str = Field(
         default="", description="The provider's own name of it. Empty: the same as name."
@@ -72,6 +104,11 @@ class ModelSection(Section):
         default="",
         description="Dollars a million input tokens read from the provider's prompt cache. "
         "Empty: price_in.",
+    )
+    prices: tuple[PriceSection, ...] = Field(
+        default=(),
+        description="Later prices, each from a day on; the ones above hold until the first. Keep "
+        "the old ones, and announce new ones before their day.",
     )
     window: int = Field(default=0, description="Context window in tokens; 0: not checked.", ge=0)
     max_output_tokens: int = Field(
@@ -103,7 +140,9 @@ class ModelSection(Section):
         description="Models asked, in order, when this one fails before its first token.",
     )
     capabilities: tuple[str, ...] = Field(
-        default=(), description="What it can do, for filters: tools, json, images and the like."
+        default=(),
+        description="What it can do: tools, json, images, audio, files, logprobs, embeddings, or "
+        "words of yours for filters. Named, it is asked nothing else; empty, it is not doubted.",
     )
     regions: tuple[str, ...] = Field(
         default=(), description="Where it is offered, for filters. Empty: everywhere."
@@ -122,23 +161,29 @@ class ModelSection(Section):
         if not _NAME.match(self.name):
             raise ConfigError("name", self.name, "letters, digits and ._:/+-, at most 128")
         parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if self.params and self.provider != "litellm":
+            raise ConfigError("params", "(hidden)", "nothing without provider = litellm")
+        optional = self.provider == "litellm" and not self.base_url
+        if not optional and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise ConfigError("base_url", self.base_url, "http://HOST/... or https://HOST/...")
         if parts.username or parts.query or parts.fragment:
             raise ConfigError("base_url", "(hidden)", "no credentials, query or fragment")
         if self.api_key_env and not _ENV_NAME.match(self.api_key_env):
             # The value may be a key somebody pasted: never shown.
             raise ConfigError("api_key_env", "(hidden)", "the NAME of an environment variable")
-        self.price()
+        days = [price.since for price in self.history()]
+        for index, day in enumerate(days[1:]):
+            if day <= days[index]:
+                raise ConfigError(f"prices[{index}].since", day, f"a day after {days[index]}")
         return self
 
-    def spec(self) -> ModelSpec:
-        """What pipelines know of it."""
+    def spec(self, day: str) -> ModelSpec:
+        """What pipelines know of it on a day (UTC)."""
         return ModelSpec(
             self.name,
             self.upstream_model,
             self.base_url,
-            self.price(),
+            price_at(self.history(), day),
             self.window or UNKNOWN_WINDOW,
             self.max_output_tokens,
             frozenset(self.capabilities),
@@ -147,17 +192,21 @@ class ModelSection(Section):
             max_concurrency=self.max_concurrency,
         )
 
-    def price(self) -> Price:
-        cached = (
-            parse_dollars(self.price_cached_in, "price_cached_in")
-            if (self.price_cached_in)
-            else None
-        )
-        return Price(
-            parse_dollars(self.price_in, "price_in"),
-            parse_dollars(self.price_out, "price_out"),
-            cached,
-        )
+    def history(self) -> tuple[Price, ...]:
+        """Every price it ever had here, oldest first."""
+        first = read_price(self.price_in, self.price_out, self.price_cached_in)
+        return (first, *(later.price() for later in self.prices))
+
+
+def read_price(price_in: str, price_out: str, price_cached_in: str, since: str = "") -> Price:
+    """Raises InputError naming the field."""
+    cached = parse_dollars(price_cached_in, "price_cached_in") if price_cached_in else None
+    return Price(
+        parse_dollars(price_in, "price_in"),
+        parse_dollars(price_out, "price_out"),
+        cached,
+        since or "1970-01-01",
+    )
 
 
 class UpstreamSection(Section):
@@ -206,6 +255,13 @@ class UpstreamSection(Section):
         description="How long; then one request probes it. Doubles while probes fail, up to "
         "twelve times this.",
         gt=0,
+    )
+    prompt_cache_s: Duration = Field(
+        default=300.0,
+        description="How long providers keep the beginning of a conversation in their prompt "
+        "caches. For so long a model chosen for its price is left only where that pays; 0: never "
+        "asked. Needs price_cached_in.",
+        ge=0,
     )
     max_waiting: int = Field(
         default=1000,
@@ -314,6 +370,19 @@ class StoreSection(Section):
         return self
 
 
+class RouterSection(Section):
+    """The learned router of the service type `router`."""
+
+    files: tuple[str, ...] = Field(
+        default=(),
+        description="Trained routers (intentctl prompts train routing), one a pair of models.",
+    )
+    names: dict[str, str] = Field(
+        default={},
+        description="The pool's name of a model by the name in the files, where they differ.",
+    )
+
+
 class BatchSection(Section):
     """Requests of many prompts by many models at once (/v1/batch)."""
 
@@ -343,6 +412,7 @@ class ProxyConfig(DaemonConfig):
     conversations: ConversationsSection = Field(
         default=ConversationsSection(), description="Conversations."
     )
+    router: RouterSection = Field(default=RouterSection(), description="The learned router.")
     batch: BatchSection = Field(default=BatchSection(), description="Batches.")
     cache: CacheSection = Field(default=CacheSection(), description="Stored answers.")
     records: RecordsSection = Field(default=RecordsSection(), description="The request log.")
@@ -364,7 +434,10 @@ class ProxyConfig(DaemonConfig):
                         f"models[{index}].fallbacks[{place}]", name, "another model of the pool"
                     )
         offered_types(
-            self.service_types, cached=self.cache.enabled, semantic=self.cache.semantic != "off"
+            self.service_types,
+            cached=self.cache.enabled,
+            semantic=self.cache.semantic != "off",
+            routed=bool(self.router.files),
         )
         if self.cache.embedder_model and self.cache.embedder_model not in seen:
             raise ConfigError(

@@ -17,17 +17,20 @@ from aiohttp import web
 
 from intentd.core.errors import ConfigError, InputError, IntentdError
 from intentd.core.messages import NumberedPolicy, PolicyAck
-from intentd.core.prompts.budgets import BudgetRule
+from intentd.core.prompts.budgets import BudgetRule, period_name
 from intentd.core.prompts.health import HealthState
 from intentd.core.prompts.models import ModelPool
-from intentd.core.prompts.service_types import ServiceType
+from intentd.core.prompts.money import format_dollars
+from intentd.core.prompts.service_types import ServiceType, get_type
 from intentd.core.prompts.steering import PromptsPolicy, policy_from_plain
 from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.store import StoreError
+from intentd.proxy.adapter import litellm
 from intentd.proxy.adapter.http import Connections
+from intentd.proxy.adapter.litellm import LitellmUpstream
 from intentd.proxy.adapter.native import Upstream, open_session
 from intentd.proxy.cache.admin import cache_admin
 from intentd.proxy.cache.part import CachePart
@@ -39,6 +42,7 @@ from intentd.proxy.errors import ApiError
 from intentd.proxy.feedback import FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.routing import Routing, explain_route, load_routing
 from intentd.proxy.server import Api
 from intentd.proxy.service import offered_types
 from intentd.proxy.state import open_state
@@ -71,6 +75,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self._link: MemberLink | None = None
         self._cache: CachePart | None = None
         self._lock: int | None = None
+        self._routing: Routing | None = None
         self._own: tuple[dict[str, ServiceType], dict[str, tuple[BudgetRule, ...]]] = ({}, {})
         self._steering = NOTHING
 
@@ -97,7 +102,9 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         )
         if config.cache.enabled:
             self._cache = self._cache_part(config, state, self.api)
-        self._take(config)
+        await load_litellm(config)
+        self._take(config, await self._load_routing(config))
+        tasks.create_task(self._watch_prices(), name="prices")
         await state.start(tasks, keys.load)
         if self._cache is not None:
             await self._cache.start(tasks)
@@ -125,7 +132,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             raise ConfigError("cache.enabled", "changed", "a restart to change it")
         if self._cache is not None:
             self._cache.check(config.cache)
-        self._take(config)
+        await load_litellm(config)
+        self._take(config, await self._load_routing(config))
         if self._cache is not None:
             self._cache.reload(config.cache)
         if self._link is not None:
@@ -224,6 +232,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                     return await self._spend(api, days)
                 case "models":
                     return {"models": self._models(api)}
+                case "route":
+                    return await self._route(api, args)
             if command.startswith("cache.") and api.cache_api is not None:
                 return await cache_admin(api.cache_api, self._cache, api.keys, command, args)
         except ApiError as error:
@@ -236,12 +246,16 @@ class ProxyDaemon(Daemon[ProxyConfig]):
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _take(self, config: ProxyConfig) -> None:
+    async def _load_routing(self, config: ProxyConfig) -> Routing | None:
+        """Raises ConfigError."""
+        return await asyncio.to_thread(load_routing, config.router, config.cache.model_file)
+
+    def _take(self, config: ProxyConfig, routing: Routing | None) -> None:
         """Build everything of a configuration, then swap. Raises ConfigError, changing nothing."""
         api, session = self.api, self._session
         if api is None or session is None:
             return
-        upstreams = {}
+        upstreams: dict[str, Upstream | LitellmUpstream] = {}
         for index, model in enumerate(config.models):
             secret = ""
             if model.api_key_env:
@@ -252,8 +266,10 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                         model.api_key_env,
                         "an environment variable that holds the provider's key",
                     )
-            upstreams[model.name] = Upstream(
-                model, config.upstream, session, secret, self.kit.clock
+            upstreams[model.name] = (
+                LitellmUpstream(model, config.upstream, secret, self.kit.clock)
+                if model.provider == "litellm"
+                else Upstream(model, config.upstream, session, secret, self.kit.clock)
             )
         shared: dict[str, list[BudgetRule]] = defaultdict(list)
         for budget in config.budgets:
@@ -261,9 +277,12 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             shared[budget.scope].append(BudgetRule(budget.scope, unit, limit, budget.period))
         own_rules = {scope: tuple(rules) for scope, rules in shared.items()}
         api.engine.set_pool(upstreams, config.upstream)
-        api.driver.pool = ModelPool(model.spec() for model in config.models)
+        self._price(config)
         if self._state is not None:
             self._state.reload(config)
+        self._routing = routing
+        api.driver.router = routing.router if routing is not None else None
+        api.driver.warmth.keep_s = config.upstream.prompt_cache_s
         api.log.most = config.records.recent
         api.config = config
         cache = self._cache
@@ -271,6 +290,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             config.service_types,
             cached=cache is not None,
             semantic=cache is not None and cache.cache.has_semantic,
+            routed=routing is not None,
         )
         self._own = (types, own_rules)
         self._steer(api, self._steering)
@@ -290,6 +310,19 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self.kit.metrics.registry.register(part.cache.metrics)
         api.set_cache(part)
         return part
+
+    def _price(self, config: ProxyConfig) -> None:
+        """Let pipelines choose by today's prices."""
+        if self.api is not None:
+            day = period_name("day", self.kit.clock.wall())
+            self.api.driver.pool = ModelPool(model.spec(day) for model in config.models)
+
+    async def _watch_prices(self) -> None:
+        """New prices hold from midnight (UTC) of their day."""
+        while True:
+            left_s = 86400 - self.kit.clock.wall() % 86400
+            await self.kit.clock.sleep(min(left_s + 0.1, 3600.0))
+            self._price(self.config)
 
     async def _listen(self, api: Api) -> None:
         bind = self.config.listen.bind
@@ -324,14 +357,21 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             "model_calls": {model.name: model.places.taken for model in models},
         }
 
+    async def _route(self, api: Api, args: dict[str, Any]) -> dict[str, Any]:
+        made = get_type(api.types, args.get("service_type") or "router")
+        prompt, pool = _text(args, "prompt"), api.driver.pool
+        return await asyncio.to_thread(explain_route, prompt, made, pool, self._routing)
+
     def _models(self, api: Api) -> list[dict[str, Any]]:
         status = self.status()["models"]
         return [
             {
                 "name": model.name,
-                "base_url": model.upstream.model.base_url,
-                "price_in": model.upstream.model.price_in,
-                "price_out": model.upstream.model.price_out,
+                "base_url": model.upstream.model.base_url or model.upstream.model.provider,
+                "price_in": format_dollars(model.upstream.price.in_nano).removeprefix("$"),
+                "price_out": format_dollars(model.upstream.price.out_nano).removeprefix("$"),
+                "price_since": model.upstream.price.since,
+                "capabilities": list(model.upstream.model.capabilities),
                 "window": model.upstream.model.window,
                 "fallbacks": list(model.upstream.model.fallbacks),
                 **status[model.name],
@@ -386,6 +426,21 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             model.health.cooldown_s = policy.cooldowns_s.get(
                 model.name, api.config.upstream.cooldown_s
             )
+
+
+async def load_litellm(config: ProxyConfig) -> None:
+    """Import it where a model needs it, outside the loop. Raises ConfigError when it is missing."""
+    for index, model in enumerate(config.models):
+        if model.provider == "litellm":
+            try:
+                await asyncio.to_thread(litellm.load)
+            except ImportError:
+                raise ConfigError(
+                    f"models[{index}].provider",
+                    "litellm",
+                    "that library installed (pip install 'intentd[proxy-litellm]')",
+                ) from None
+            return
 
 
 def lock_state(state_dir: Path) -> int:

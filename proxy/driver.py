@@ -12,6 +12,7 @@ import orjson
 from intentd.core.prompts.effects import (
     CallFailed,
     CallModel,
+    ChatMessage,
     ContextLoaded,
     Done,
     Effect,
@@ -21,19 +22,21 @@ from intentd.core.prompts.effects import (
     Message,
     Outcome,
     Prefetch,
+    Purpose,
     Reply,
     StoreCache,
     Together,
 )
 from intentd.core.prompts.health import HealthState
 from intentd.core.prompts.models import ModelPool
-from intentd.core.prompts.pipeline import Answer, Env, Request, run
+from intentd.core.prompts.pipeline import Answer, Env, Request, Router, run
 from intentd.core.prompts.service_types import ServiceType
 from intentd.proxy.adapter.native import Usage
 from intentd.proxy.call import Call, Exchange, guessed_usage
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError
 from intentd.proxy.store.base import Turn, Turns
+from intentd.proxy.warmth import Warmth
 
 if TYPE_CHECKING:
     from intentd.proxy.cache.part import CachePart
@@ -52,6 +55,8 @@ class Driver:
         self.pool = ModelPool(())
         self.conversations = conversations
         self.cache: CachePart | None = None
+        self.router: Router | None = None
+        self.warmth = Warmth(engine.clock, engine.section.prompt_cache_s)
         self._engine = engine
 
     async def run(
@@ -70,7 +75,9 @@ class Driver:
         )
         cache = self.cache
         gate = cache.gate(exchange) if cache is not None else None
-        steps = run(service_type, request, Env(self.pool, down=down, gate=gate))
+        request = replace(request, warm=self.warmth.find(exchange.key.key_id, request))
+        steps = run(service_type, request, Env(self.pool, down=down, gate=gate, router=self.router))
+        sent: dict[str, tuple[ChatMessage, ...]] = {}
         try:
             effect = next(steps)
             while True:
@@ -80,11 +87,14 @@ class Driver:
                         outcome = await cache.perform(effect, service_type, request, exchange)
                 else:
                     outcome = await self._perform(effect, exchange, stream_to)
+                if isinstance(effect, CallModel) and effect.purpose is Purpose.ANSWER:
+                    sent[effect.model] = effect.messages
                 effect = steps.send(outcome)
         except StopIteration as end:
             answer: Answer = end.value
             if cache is not None:
                 cache.finished(answer.trace, exchange)
+            self._note_warm(answer, request, exchange, sent)
             return answer
         finally:
             steps.close()
@@ -148,6 +158,19 @@ class Driver:
                 ),
                 request.replaces,
             )
+
+    def _note_warm(
+        self,
+        answer: Answer,
+        request: Request,
+        exchange: Exchange,
+        sent: dict[str, tuple[ChatMessage, ...]],
+    ) -> None:
+        """Whoever answered now holds the conversation, where that makes its next answer cheaper."""
+        model = answer.reply.model if answer.reply is not None else ""
+        if model in sent and self.pool.get(model).price.cached_in_nano is not None:
+            chat = sent[model]
+            self.warmth.keep(exchange.key.key_id, request, model, chat, answer.text)
 
     # -- inside --------------------------------------------------------------------------------
 

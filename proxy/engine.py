@@ -21,7 +21,9 @@ from intentd.core.prompts.budgets import BudgetRule, Reservation
 from intentd.core.prompts.counting import TokenRatio
 from intentd.core.prompts.health import HealthState, ModelHealth, RetryBudget
 from intentd.daemons.kit.clock import Clock
-from intentd.proxy.adapter.native import Answer, Upstream, UpstreamError, UpstreamStream, Usage
+from intentd.proxy.adapter.litellm import LitellmStream, LitellmUpstream
+from intentd.proxy.adapter.native import Answer, UpstreamError, UpstreamStream, Usage
+from intentd.proxy.adapter.native import Upstream as NativeUpstream
 from intentd.proxy.call import Call, Exchange, Step, guessed_usage
 from intentd.proxy.config import UpstreamSection
 from intentd.proxy.errors import ApiError
@@ -34,6 +36,8 @@ _log = logging.getLogger(__name__)
 MIN_BUDGET_S: Final = 0.05
 POLL_S: Final = 0.25
 T = TypeVar("T")
+Upstream = NativeUpstream | LitellmUpstream
+Stream = UpstreamStream | LitellmStream
 
 _STATUS: Final = {"timeout": 504, "rate_limited": 429, "refused": 502, "cut": 502, "garbage": 502}
 
@@ -89,6 +93,14 @@ class PoolModel:
         self.health = ModelHealth(section.cooldown_failures, section.cooldown_s)
         self.places = Places(upstream.model.max_concurrency, section.max_waiting)
         self.ratio = TokenRatio()
+        self.capabilities = frozenset(upstream.model.capabilities)
+
+    def lacks(self, call: Call) -> dict[str, str]:
+        """What the call needs and this model cannot do, by the field that asks for it; nothing
+        of a model that declares nothing."""
+        if not self.capabilities:
+            return {}
+        return {need: at for need, at in call.needs().items() if need not in self.capabilities}
 
 
 class Attempt:
@@ -262,17 +274,16 @@ class Engine:
         return answer
 
     @contextlib.asynccontextmanager
-    async def stream(
-        self, call: Call, exchange: Exchange
-    ) -> AsyncIterator[tuple[UpstreamStream, Attempt]]:
+    async def stream(self, call: Call, exchange: Exchange) -> AsyncIterator[tuple[Stream, Attempt]]:
         """A stream whose first events are there. Raises ApiError; the caller ends the attempt."""
 
         async with contextlib.AsyncExitStack() as stack:
 
-            async def once(upstream: Upstream, body: bytes, budget_s: float) -> UpstreamStream:
-                return await stack.enter_async_context(
-                    upstream.stream(call.path, body, budget_s=budget_s, choices=call.answers)
+            async def once(upstream: Upstream, body: bytes, budget_s: float) -> Stream:
+                streaming: contextlib.AbstractAsyncContextManager[Stream] = upstream.stream(
+                    call.path, body, budget_s=budget_s, choices=call.answers
                 )
+                return await stack.enter_async_context(streaming)
 
             stream, attempt = await self._attempts(call, exchange, once)
             try:
@@ -386,7 +397,8 @@ class Engine:
         first = self.models[call.model]
         if call.by_pipeline:
             return [first]
-        return [first, *(self.models[other] for other in first.upstream.model.fallbacks)]
+        others = (self.models[name] for name in first.upstream.model.fallbacks)
+        return [first, *(other for other in others if not other.lacks(call))]
 
     def _untried(self, call: Call, failed: list[str]) -> bool:
         """Whether a fallback is left that may be asked."""

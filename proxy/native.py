@@ -119,6 +119,7 @@ def chat_request(call: Call, conversation: str, options: dict[str, Any]) -> Aske
         max_tokens=call.cap,
         stream=call.stream,
         bypass=bypass_reason(prompt, turn=turn, params=params),
+        needs=frozenset(call.needs()),
     )
     return Asked(call.service_type, request, options)
 

@@ -618,6 +618,13 @@ class Api:
         exchange.stream = call.stream
         exchange.context_messages = call.messages
         exchange.policy = self.policy
+        for need, field in model.lacks(call).items():
+            able = [one.name for one in self.engine.models.values() if not one.lacks(call)]
+            others = models_named(able) if able else "no model of the pool can"
+            raise bad_field(
+                field, need, f"nothing that {model.name} cannot do; able: {others}",
+                code="unsupported_by_model",
+            )  # fmt: skip
         window = model.upstream.model.window
         if window and call.size_bytes > window * 16:
             # No tokenizer in use has longer tokens on average; what is nearer to the window is

@@ -21,28 +21,30 @@ FIXED: Final = "fixed"
 # What these promise needs a cache with an embedder, a cache to prefetch into, a trained router.
 _NEEDS_EMBEDDER: Final = "smart_cache"
 _NEEDS_CACHE: Final = ("smart_cache", "latency")
-_NOT_OFFERED: Final = ("router",)
+_NEEDS_ROUTER: Final = "router"
 
 
 def offered_types(
-    plain: Sequence[Any], *, cached: bool = False, semantic: bool = True
+    plain: Sequence[Any], *, cached: bool = False, semantic: bool = True, routed: bool = False
 ) -> dict[str, ServiceType]:
     """Service types by name. Raises ConfigError with the path for what cannot be carried out.
 
-    cached: there is a cache. semantic: it finds what is asked in other words.
+    cached: there is a cache. semantic: it finds what is asked in other words. routed: there is
+    a trained router.
     """
     types = types_from_plain(plain)
     own = {str(table["name"]): index for index, table in enumerate(plain)}
     offered = {}
     for name, made in types.items():
         if name not in own and (
-            name in _NOT_OFFERED
+            (name == _NEEDS_ROUTER and not routed)
             or (name in _NEEDS_CACHE and not cached)
             or (name == _NEEDS_EMBEDDER and not semantic)
         ):
             continue
         if name in own:
-            _check(made, f"service_types[{own[name]}]", types, cached=cached, semantic=semantic)
+            where = f"service_types[{own[name]}]"
+            _check(made, where, types, cached=cached, semantic=semantic, routed=routed)
         offered[name] = made if cached else _without_cache(made)
     return offered
 
@@ -59,8 +61,10 @@ def _check(
     *,
     cached: bool,
     semantic: bool,
+    routed: bool,
 ) -> None:
-    strategies = ("one", "verify", "agree", *(("fast",) if cached else ()))
+    more = (("fast", cached), ("route", routed))
+    strategies = ("one", "verify", "agree", *(name for name, there in more if there))
     for index, stage in enumerate(made.stages):
         where = f"{field}.stages[{index}]"
         if isinstance(stage, (CacheStage, StoreStage, PrefetchStage)) and not cached:

@@ -8,6 +8,7 @@ from typing import Final
 
 from intentd.core.errors import InputError
 from intentd.core.prompts import cascade
+from intentd.core.prompts.context import chat_texts
 from intentd.core.prompts.effects import (
     CallFailed,
     Effect,
@@ -20,7 +21,7 @@ from intentd.core.prompts.effects import (
 from intentd.core.prompts.models import (
     Models,
     ModelSpec,
-    capable,
+    able,
     cascade_trio,
     not_cheaper_than,
     ordered,
@@ -29,6 +30,7 @@ from intentd.core.prompts.models import (
 from intentd.core.prompts.request import PipelineError, Prediction
 from intentd.core.prompts.service_types import ModelStage
 from intentd.core.prompts.steps import Steps
+from intentd.core.prompts.stickiness import held_tokens, weigh_switch
 
 MAX_FALLBACKS: Final = 3
 SHORT_PROMPT: Final = "Answer in two or three sentences."
@@ -42,13 +44,11 @@ class ModelSteps(Steps):
         for name in (*stage.models.names, stage.first, stage.verifier, stage.second):
             if name:
                 self.env.pool.get(name)
-        models = self.allowed()
-        if self.request.needs:
-            models = capable(*self.request.needs)(models)
-            if not models:
-                expected = f"a model that can do {', '.join(sorted(self.request.needs))}"
-                raise InputError("model", [m.name for m in self.allowed()], expected)
-        models = stage.models(models)
+        needs = self.request.needs
+        models = stage.models(able(needs)(self.allowed()))
+        if needs and not models and stage.models(self.allowed()):
+            expected = f"a model that can do {', '.join(sorted(needs))}"
+            raise InputError("model", stage.models.names or "any", expected)
         if self.request.floor and self.request.floor in self.env.pool:
             floor = self.env.pool.get(self.request.floor)
             models = not_cheaper_than(floor)(models) or (floor,)
@@ -82,9 +82,47 @@ class ModelSteps(Steps):
             single = bool(stage.models.names)
             if not single and not stage.models.order and len(candidates) > 1:
                 raise InputError("model", None, f"one of {', '.join(m.name for m in candidates)}")
+            if stage.models.order == "cheapest":
+                candidates = self.staying(candidates)
             reply = yield from self.first_that_answers(candidates, stream=True)
         self.count_avoided(candidates, reply)
         return reply
+
+    def staying(self, models: Models) -> Models:
+        """Models in an order made for the price, the one that answered before first where leaving
+        it would cost more than it saves."""
+        warm = next(
+            (m for m in models if self.request.warm and m.name == self.request.warm.model), None
+        )
+        if warm is None or warm is models[0] or not self.stays(warm, models[0]):
+            return models
+        return (warm, *(model for model in models if model is not warm))
+
+    def stays(
+        self, warm: ModelSpec, other: ModelSpec, *, judged_by: ModelSpec | None = None
+    ) -> bool:
+        """Whether the next answer costs less from the model that holds the conversation."""
+        known = self.request.warm
+        if known is None or known.model != warm.name or warm.price.cached_in_nano is None:
+            return False
+        count = self.env.count_tokens
+        try:
+            chat = self.chat_for(warm)
+        except InputError:
+            return False  # it does not fit there any more
+        held = held_tokens(known, chat, count)
+        if not held:
+            return False
+        in_tokens = sum(count(text) for text in chat_texts(chat))
+        extra = judged_by.price.cost_nano(in_tokens, cascade.JUDGE_TOKENS) if judged_by else 0
+        switch = weigh_switch(warm, held, other, in_tokens, extra_nano=extra)
+        if switch.pays:
+            return False
+        self.trace.notes.append(
+            f"model: stays with {warm.name}, which holds {held} tokens: "
+            f"{switch.stay_nano} nano-dollars, {other.name} would cost {switch.switch_nano}"
+        )
+        return True
 
     def count_avoided(self, candidates: Models, reply: Reply) -> None:
         dearest = ordered("dearest")(candidates)[0]
@@ -136,6 +174,11 @@ class ModelSteps(Steps):
             if judge is not None and judge.cost_rank < trio.first.cost_rank:
                 trio = replace(trio, verifier=judge)
         self.trace.threshold = stage.threshold
+        if trio.second in candidates and self.stays(
+            trio.second, trio.first, judged_by=trio.verifier
+        ):
+            rest = tuple(model for model in candidates if model is not trio.second)
+            return (yield from self.first_that_answers((trio.second, *rest), stream=True))
         outcome = yield self.answer_call(trio.first, stream=False)
         assert isinstance(outcome, (Reply, CallFailed))
         self.trace.record(outcome, Purpose.ANSWER)
@@ -218,7 +261,7 @@ class ModelSteps(Steps):
         self.trace.predicted_gain = round(prediction.gain, 4)
         self.trace.router_known = prediction.known
         self.trace.escalated = prediction.gain > stage.threshold
-        order = (strong, weak) if self.trace.escalated else (weak, strong)
+        order = (strong, weak) if self.trace.escalated else self.staying((weak, strong))
         models = tuple(dict.fromkeys(order))
         return (yield from self.first_that_answers(models, stream=True))
 

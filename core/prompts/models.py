@@ -107,6 +107,14 @@ def capable(*capabilities: str) -> ModelFilter:
     return lambda models: tuple(model for model in models if wanted <= model.capabilities)
 
 
+def able(needs: Iterable[str]) -> ModelFilter:
+    """Models that can do what a request needs; one that declares nothing is not doubted."""
+    wanted = frozenset(needs)
+    return lambda models: tuple(
+        model for model in models if not model.capabilities or wanted <= model.capabilities
+    )
+
+
 def in_region(region: str) -> ModelFilter:
     """Models offered in the region; one that names no regions is offered everywhere."""
     return lambda models: tuple(m for m in models if not m.regions or region in m.regions)

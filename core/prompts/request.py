@@ -12,6 +12,7 @@ from intentd.core.prompts.context import Messages
 from intentd.core.prompts.effects import CacheItem, ChatMessage, Effect, Outcome, Reply
 from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.models import ModelPool
+from intentd.core.prompts.stickiness import Warm
 
 Pipeline = Generator[Effect, Outcome, "Answer"]
 
@@ -77,7 +78,8 @@ class Request:
     stored one is not loaded. conversation: its name, "" for a stateless client. bypass: why the
     cache is left alone, "" if it is not. lookup, store, max_age_s, cached_only: Cache-Control's
     no-cache, no-store, max-age and only-if-cached. floor: the least model by price (a second
-    answer is never cheaper). replaces: ids of messages left out. needs: capabilities.
+    answer is never cheaper). replaces: ids of messages left out. needs: capabilities. warm: what
+    a provider holds of the conversation.
     """
 
     prompt: str
@@ -96,6 +98,7 @@ class Request:
     floor: str = ""
     replaces: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
+    warm: Warm | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens <= 0:

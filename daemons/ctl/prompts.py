@@ -194,6 +194,31 @@ def models(as_json: JsonOption = False) -> None:
     )
 
 
+@app.command("route")
+def route(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    service_type: Annotated[
+        str, typer.Option(help="A service type with a learned router.")
+    ] = "router",
+    explain: Annotated[bool, typer.Option("--explain", help="Say why.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which model a prompt would go to, and why; no model is asked."""
+    page = admin_client("proxy").call("route", prompt=prompt, service_type=service_type)
+    if as_json:
+        print_json(page)
+        return
+    print(page["model"])
+    if explain:
+        message(
+            f"{page['strong']} over {page['weak']}: gain {page['predicted_gain']:+.3f}, "
+            f"asked for above {page['threshold']:g}"
+        )
+        message(page["why"])
+        for pair in page["trained"]:
+            message(f"learned from {pair['labels']} prompts, {pair['file']}")
+
+
 def _grants(
     models: list[str] | None,
     service_types: list[str] | None,

@@ -16,7 +16,8 @@ from typing import Any, Final, Protocol
 import orjson
 
 from intentd.core.errors import IntentdError, WireError
-from intentd.core.prompts.money import Price
+from intentd.core.prompts.budgets import period_name
+from intentd.core.prompts.money import Price, price_at
 from intentd.daemons.kit.clock import Clock
 from intentd.proxy.adapter.http import (
     BadAnswerError,
@@ -111,6 +112,24 @@ class Event:
     usage: Usage | None
 
 
+class PriceList:
+    """A model's prices by day; which one holds is looked up once a day."""
+
+    def __init__(self, history: tuple[Price, ...], clock: Clock) -> None:
+        self._history = history
+        self._clock = clock
+        self._day = -1
+        self._price = history[0]
+
+    def today(self) -> Price:
+        if len(self._history) > 1:
+            wall_s = self._clock.wall()
+            if int(wall_s // 86400) != self._day:
+                self._day = int(wall_s // 86400)
+                self._price = price_at(self._history, period_name("day", wall_s))
+        return self._price
+
+
 class Upstream:
     """One model of the pool and how to reach it."""
 
@@ -125,7 +144,7 @@ class Upstream:
         self.model = model
         self.name = model.name
         self.upstream_model = model.upstream_model or model.name
-        self.price = model.price()
+        self._prices = PriceList(model.history(), clock)
         self._section = section
         self._session = session
         self._origin = Origin(model.base_url)
@@ -139,6 +158,11 @@ class Upstream:
         }
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
+
+    @property
+    def price(self) -> Price:
+        """Today's."""
+        return self._prices.today()
 
     async def call(self, path: str, body: bytes, *, budget_s: float) -> Answer:
         """One request, one whole answer, within budget_s seconds. Raises UpstreamError."""
@@ -252,7 +276,7 @@ class Upstream:
                 "rate_limited",
                 f"{self.name}: the provider limits the rate",
                 status=status,
-                retry_after_s=self._retry_after_s(response.header(b"retry-after")),
+                retry_after_s=read_retry_after_s(response.header(b"retry-after"), self._clock),
                 details=details,
             )
         if status in _CLIENT_FAULTS:
@@ -269,7 +293,7 @@ class Upstream:
             "timeout" if status in (408, 504) else "status",
             f"{self.name}: the provider answers {status}",
             status=status,
-            retry_after_s=self._retry_after_s(response.header(b"retry-after")),
+            retry_after_s=read_retry_after_s(response.header(b"retry-after"), self._clock),
         )
 
     async def _read_error(self, response: Connection) -> bytes:
@@ -277,20 +301,6 @@ class Upstream:
         while len(raw) < MAX_ERROR_BYTES and (part := await response.readany()):
             raw += part
         return raw[:MAX_ERROR_BYTES]
-
-    def _retry_after_s(self, text: str) -> float:
-        """Seconds of a Retry-After header (a number or a date); 0 when there is none."""
-        text = text.strip()
-        if not text:
-            return 0.0
-        try:
-            wait_s = float(text)
-        except ValueError:
-            try:
-                wait_s = parsedate_to_datetime(text).timestamp() - self._clock.wall()
-            except (ValueError, TypeError, OverflowError):
-                return 0.0
-        return min(max(wait_s, 0.0), 86400.0) if wait_s == wait_s else 0.0
 
     def failed(self, error: Exception) -> UpstreamError:
         if isinstance(error, ConnectError):
@@ -504,6 +514,21 @@ def _error_object(name: str, error: object, *, billed: bool) -> UpstreamError:
     return UpstreamError(
         "status", f"{name}: the provider reports: {shown}", billed=billed, details=details
     )
+
+
+def read_retry_after_s(text: str, clock: Clock) -> float:
+    """Seconds of a Retry-After header (a number or a date); 0 when there is none."""
+    text = text.strip()
+    if not text:
+        return 0.0
+    try:
+        wait_s = float(text)
+    except ValueError:
+        try:
+            wait_s = parsedate_to_datetime(text).timestamp() - clock.wall()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(max(wait_s, 0.0), 86400.0) if wait_s == wait_s else 0.0
 
 
 def open_session(section: UpstreamSection) -> Connections:

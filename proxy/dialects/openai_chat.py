@@ -25,6 +25,7 @@ _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "
 _FORBIDDEN: Final = frozenset(
     {"api_base", "base_url", "api_key", "api_version", "extra_headers", "custom_llm_provider"}
 )
+_MEDIA: Final = {"image_url": "images", "input_audio": "audio", "file": "files"}
 DONE_EVENT: Final = encode_event(DONE)
 EXTENSION_FIELDS: Final = frozenset({"service_type", "conversation", "options"})
 
@@ -222,6 +223,8 @@ def _check_part(call: Call, part: object, where: str) -> None:
         if not isinstance(part.get(part["type"]), str):
             raise bad_field(f"{where}.{part['type']}", part.get(part["type"]), "text")
         return
+    kind = str(part["type"])
+    call.media |= {_MEDIA.get(kind, kind)}
     call.images += 1  # its bytes are not text: it counts as the model's image_tokens
     call.size_bytes = max(0, call.size_bytes - _data_bytes(part))
 

@@ -1,0 +1,111 @@
+"""The learned router from trained files; nothing of it is imported before a file is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intentd.core.errors import ConfigError, InputError
+from intentd.core.prompts.models import ModelPool, ordered
+from intentd.core.prompts.pipeline import Prediction, Router
+from intentd.core.prompts.service_types import ModelStage, ServiceType
+from intentd.proxy.cache.available import missing_parts
+from intentd.proxy.config import RouterSection
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A router and where each pair of models was learned: weak, strong, labels, made, digest."""
+
+    router: Router
+    pairs: tuple[Mapping[str, Any], ...]
+
+
+def load_routing(section: RouterSection, model_file: str) -> Routing | None:
+    """Read the files and load the embedder; None when no file is named. It takes a second.
+
+    Raises ConfigError naming the file and what is wrong.
+    """
+    if not section.files:
+        return None
+    if missing := missing_parts(model_file):
+        raise ConfigError(
+            "router.files", section.files[0], f"{', '.join(missing)} installed (intentd[evaluate])"
+        )
+    from intentd.core.prompts.modelfile import decode_model, load_router
+    from intentd.proxy.minilm import MiniLM
+
+    datas, pairs = [], []
+    for index, name in enumerate(section.files):
+        field = f"router.files[{index}]"
+        try:
+            data = Path(name).read_bytes()
+            trained = decode_model(data, kind="router")
+        except OSError as error:
+            raise ConfigError(field, name, f"a readable file ({error.strerror})") from None
+        except InputError as error:
+            raise ConfigError(field, name, f"a trained router ({error})") from None
+        model: Any = trained.model
+        datas.append(data)
+        pairs.append(
+            {
+                "file": name,
+                "weak": section.names.get(model.weak, model.weak),
+                "strong": section.names.get(model.strong, model.strong),
+                "labels": model.labels,
+                "made": dict(trained.made),
+                "sha256": trained.digest,
+            }
+        )
+    embedder = MiniLM(Path(model_file) if model_file else None)
+    return Routing(load_router(datas, embedder.embed, section.names), tuple(pairs))
+
+
+def explain_route(
+    prompt: str, made: ServiceType, pool: ModelPool, routing: Routing | None
+) -> dict[str, Any]:
+    """Which model a service type would ask for a prompt, and why; nothing is asked.
+
+    Raises InputError for a type without a router.
+    """
+    stage: ModelStage = made.stage(ModelStage)
+    if stage.strategy != "route":
+        raise InputError("service_type", made.name, "one whose model stage is route")
+    models = tuple(pool)
+    allowed = tuple(m for m in models if not made.allowed or m.name in made.allowed)
+    candidates = stage.models(allowed)
+    if not candidates:
+        raise InputError("service_type", made.name, "one with a model of the pool")
+    strong = pool.get(stage.second) if stage.second else ordered("dearest")(candidates)[0]
+    weak = pool.get(stage.first) if stage.first else ordered("cheapest")(candidates)[0]
+    prediction = Prediction(0.0, known=False)
+    if routing is not None and weak.name != strong.name:
+        prediction = routing.router.predict(prompt, weak.name, strong.name)
+    trained = [
+        pair for pair in (routing.pairs if routing is not None else ())
+        if (pair["weak"], pair["strong"]) == (weak.name, strong.name)
+    ]  # fmt: skip
+    asks_strong = prediction.gain > stage.threshold
+    if not trained:
+        why = "no router was trained for these two: neutral, the cheap one"
+    elif not prediction.known:
+        why = "the prompt is unlike all that was learned from: the mean gain counts"
+    else:
+        why = "the gain foretold for this prompt counts"
+    return {
+        "service_type": made.name,
+        "model": strong.name if asks_strong else weak.name,
+        "weak": weak.name,
+        "strong": strong.name,
+        "predicted_gain": round(prediction.gain, 4),
+        "known": prediction.known,
+        "threshold": stage.threshold,
+        "why": why,
+        "trained": trained,
+        "candidates": [
+            {"name": m.name, "price_in_nano": m.price.in_nano, "price_out_nano": m.price.out_nano}
+            for m in candidates
+        ],
+    }

@@ -37,7 +37,7 @@ def load_routing(section: RouterSection, model_file: str) -> Routing | None:
     from intentd.core.prompts.modelfile import decode_model, load_router
     from intentd.proxy.minilm import MiniLM
 
-    datas, pairs = [], []
+    contents, pairs = [], []
     for index, name in enumerate(section.files):
         field = f"router.files[{index}]"
         try:
@@ -48,7 +48,7 @@ def load_routing(section: RouterSection, model_file: str) -> Routing | None:
         except InputError as error:
             raise ConfigError(field, name, f"a trained router ({error})") from None
         model: Any = trained.model
-        datas.append(data)
+        contents.append(data)
         pairs.append(
             {
                 "file": name,
@@ -60,7 +60,7 @@ def load_routing(section: RouterSection, model_file: str) -> Routing | None:
             }
         )
     embedder = MiniLM(Path(model_file) if model_file else None)
-    return Routing(load_router(datas, embedder.embed, section.names), tuple(pairs))
+    return Routing(load_router(contents, embedder.embed, section.names), tuple(pairs))
 
 
 def explain_route(

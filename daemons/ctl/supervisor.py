@@ -82,14 +82,17 @@ class Layout:
         return {f"INTENTD_{role.upper()}__{name}": value for name, value in own.items()}
 
 
-_STATUS_OFFSET: Final = {"controller": 1, "sequencer": 11, "agent": 21}
+_STATUS_OFFSET: Final = {"controller": 1, "sequencer": 11, "agent": 21, "gpu": 41}
 
 
 def _endpoints(role: str, base: int, fin_key: Path) -> dict[str, str]:
-    """How the three find each other on the loopback."""
+    """How they find each other on the loopback; each core of the machine is taken for a GPU."""
     hub, turns = f"tcp://127.0.0.1:{base}", f"tcp://127.0.0.1:{base + 10}"
     if role == "controller":
         return {"HUB__BIND": hub}
+    if role == "gpu":
+        nodes = f'[{{name = "local", gpus = {os.cpu_count() or 1}}}]'
+        return {"CONTROLLER__ENDPOINT": hub, "JOBS__NODES": nodes}
     own = {"CONTROLLER__ENDPOINT": hub, "FIN__KEY_FILE": str(fin_key)}
     hears = f"127.0.0.1:{base + 12}"
     if role == "sequencer":

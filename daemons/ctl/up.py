@@ -1,8 +1,8 @@
 """``intentctl up`` and ``down``: the whole suite on this machine, from one terminal.
 
-``up`` starts controller, sequencer and agent as children with embedded defaults, restarts one that
-dies, and stops all at Ctrl-C. ``--detach`` leaves a supervisor with them behind; ``down`` stops
-what it recorded (process id and start time), and nothing else.
+``up`` starts controller, sequencer, agent and GPU scheduler as children with embedded defaults,
+restarts one that dies, and stops all at Ctrl-C. ``--detach`` leaves a supervisor with them behind;
+``down`` stops what it recorded (process id and start time), and nothing else; jobs go on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False)
 
 READY_TIMEOUT_S: Final = 60.0
 DOWN_TIMEOUT_S: Final = 30.0
-ROLES: Final = ("controller", "sequencer", "agent")
+ROLES: Final = ("controller", "sequencer", "agent", "gpu")
 
 RunDirOption = Annotated[
     Path | None, typer.Option(help="Sockets, lock and record. Default: the usual run directory.")

@@ -52,13 +52,13 @@ class Api:
                 return json_response({"error": "starting"}, 503)
             holds = token_accepted(request.headers.get("Authorization", ""), self._tokens())
             caller = Caller("", trusted=holds)
-            args: dict[str, Any] = {
-                key: _value(key, value)
-                for key, value in (*request.query.items(), *request.match_info.items())
-            }
-            if request.can_read_body:
-                args = {**await _body(request), **args}
             try:
+                args: dict[str, Any] = {
+                    key: _value(key, value)
+                    for key, value in (*request.query.items(), *request.match_info.items())
+                }
+                if request.can_read_body:
+                    args = {**await _body(request), **args}
                 answer = await answer_to(service, name, args, caller)
             except UnknownJobError as error:
                 return json_response({"error": str(error)}, 404)

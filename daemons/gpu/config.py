@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -88,6 +89,16 @@ class JobsSection(Section):
     policy: str = Field(
         default="fifo", description="Until the controller says another: " + ", ".join(NAMES) + "."
     )
+    launcher: str = Field(
+        default="",
+        description="Socket of intentd-gpu-launcher (`/run/intentd/launcher.sock`): jobs of the "
+        "local executor run as their owners. Empty: as the daemon's user.",
+        pattern="^(/.*)?$",
+    )
+    launcher_dir: Path = Field(
+        default=Path("/var/lib/intentd/jobs"),
+        description="Where the launcher keeps runs and outputs (its `--base`, named jobs).",
+    )
     quotas: dict[str, int] = Field(
         default={},
         description="Owner -> GPUs at once; `*` for those not named.",
@@ -109,6 +120,10 @@ class JobsSection(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ConfigError(f"nodes[{index}].name", name, "a name used once")
+        if self.launcher and self.executor != "local":
+            raise ConfigError("launcher", self.launcher, 'empty unless executor is "local"')
+        if self.launcher_dir.name != "jobs" or not self.launcher_dir.is_absolute():
+            raise ConfigError("launcher_dir", str(self.launcher_dir), "a path that ends in /jobs")
         if self.policy not in NAMES:
             raise ConfigError("policy", self.policy, f"one of {', '.join(NAMES)}")
         for owner, gpus in self.quotas.items():

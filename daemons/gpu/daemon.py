@@ -23,6 +23,7 @@ from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.daemons.gpu.api import Api, answer_to
 from intentd.daemons.gpu.config import GpuConfig
 from intentd.daemons.gpu.executors import Executor, LocalExecutor, SimExecutor
+from intentd.daemons.gpu.hands import LauncherHands
 from intentd.daemons.gpu.history import KEPT
 from intentd.daemons.gpu.metrics import GpuCollector
 from intentd.daemons.gpu.ray_executor import RayExecutor, RaySettings
@@ -85,7 +86,9 @@ class GpuDaemon(Daemon[GpuConfig]):
             self._executor.begin(tasks)
         tasks.create_task(scheduler.run(), name="scheduler")
         tasks.create_task(self._poll_for_ever(scheduler, store), name="poll")
-        self.service = Service(scheduler, config.jobs.profiles)
+        self.service = Service(
+            scheduler, config.jobs.profiles, multi_user=bool(config.jobs.launcher)
+        )
         _log.info(
             "scheduling",
             extra={"gpus": ledger.total_gpus, "unfinished": len(ledger.jobs)},
@@ -93,7 +96,7 @@ class GpuDaemon(Daemon[GpuConfig]):
 
     async def reload(self, config: GpuConfig) -> None:
         """Quotas, profiles, costs, bounds; nodes and executor need a restart."""
-        for name in ("executor", "nodes"):
+        for name in ("executor", "nodes", "launcher", "launcher_dir"):
             if getattr(config.jobs, name) != getattr(self.config.jobs, name):
                 raise ConfigError(f"jobs.{name}", "changed", "a restart to change it")
         if config.ray != self.config.ray:
@@ -110,7 +113,9 @@ class GpuDaemon(Daemon[GpuConfig]):
             return []
 
         scheduler.post(take, "configuration reloaded")
-        self.service = Service(scheduler, config.jobs.profiles)
+        self.service = Service(
+            scheduler, config.jobs.profiles, multi_user=bool(config.jobs.launcher)
+        )
         if self._link is not None:
             self._link.reconfigure(config.controller)
 
@@ -245,7 +250,11 @@ class GpuDaemon(Daemon[GpuConfig]):
         for node in ledger.nodes.values():
             offsets[node.name] = at
             at += node.gpus
-        return LocalExecutor(base, scheduler, offsets, bound)
+        jobs = self.config.jobs
+        if not jobs.launcher:
+            return LocalExecutor(base, scheduler, offsets, bound)
+        hands = LauncherHands(Path(jobs.launcher))
+        return LocalExecutor(jobs.launcher_dir, scheduler, offsets, bound, hands)
 
     async def _poll_for_ever(self, scheduler: Scheduler, store: JobStore) -> None:
         """Progress, the store's recovery, and the records that are too old."""

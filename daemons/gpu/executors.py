@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from intentd.core.jobs.job import Job, Start, State, Stop
-from intentd.daemons.gpu import supervisor
+from intentd.daemons.gpu.hands import Hands, LauncherError, OwnHands, read_json
 from intentd.daemons.kit.clock import Clock
 
 _log = logging.getLogger(__name__)
 
-START_TIMEOUT_S: Final = 60.0
 BACKOFF_S: Final = 2.0
 PASSED_ON: Final = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "LD_LIBRARY_PATH")
 
@@ -134,14 +129,18 @@ class LocalExecutor:
         sink: Sink,
         offsets: dict[str, int],
         max_output_bytes: int,
+        hands: Hands | None = None,
     ) -> None:
+        self._hands: Hands = hands or OwnHands()
+        self._owners: dict[int, str] = {}
         self._base, self._sink, self._offsets = base, sink, offsets
         self._max_output_bytes = max_output_bytes
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="start")
         self._loop = asyncio.get_running_loop()
         self._watched: dict[tuple[int, int], int] = {}  # run -> pidfd of its supervisor
         self._seen: dict[tuple[int, int], int] = {}
-        base.mkdir(mode=0o700, exist_ok=True)
+        if hands is None:
+            base.mkdir(mode=0o700, exist_ok=True)
 
     def run_dir(self, job: int, epoch: int) -> Path:
         return self._base / str(job) / str(epoch)
@@ -150,31 +149,38 @@ class LocalExecutor:
 
     def start(self, order: Start, job: Job) -> None:
         spec = self._run_spec(order, job)
-        future = self._pool.submit(self._launch, self.run_dir(order.job, order.epoch), spec)
+        self._owners[order.job] = owner = job.spec.owner
+        run = self.run_dir(order.job, order.epoch)
+        future = self._pool.submit(self._hands.launch, run, owner, spec)
         future.add_done_callback(
             lambda done: self._in_loop(self._launched, order.job, order.epoch, done.result())
         )
 
     def stop(self, order: Stop) -> None:
-        run = self.run_dir(order.job, order.epoch)
         said = {"signal": int(order.signal), "grace_s": order.grace_s, "purpose": order.purpose}
+        self._pool.submit(self._pass_on, (order.job, order.epoch), said)
+
+    def _pass_on(self, key: tuple[int, int], said: dict[str, Any]) -> None:
+        """On a thread: the disk may be slow."""
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            supervisor.write_whole(run / "stop.json", said)
-        except OSError as error:
-            _log.error("cannot pass a stop on", extra={"job": order.job, "error": str(error)})
-        descriptor = self._watched.get((order.job, order.epoch))
-        if descriptor is not None:
-            with contextlib.suppress(ProcessLookupError):
+            self._hands.stop(self.run_dir(*key), self._owners.get(key[0], ""), said)
+        except (OSError, LauncherError) as error:
+            _log.error("cannot pass a stop on", extra={"job": key[0], "error": str(error)})
+        self._in_loop(self._wake, key)
+
+    def _wake(self, key: tuple[int, int]) -> None:
+        descriptor = self._watched.get(key)
+        if descriptor is not None:  # another user's process the launcher wakes
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(descriptor, signal.SIGUSR1)
 
     def recover(self, job: Job) -> None:
         run = self.run_dir(job.id, job.epoch)
+        self._owners[job.id] = job.spec.owner
         if (run / "exit.json").exists():
             self._ended(job.id, job.epoch)
             return
-        run.mkdir(parents=True, exist_ok=True)
-        if supervisor.claim(run, "daemon"):
+        if self._hands.claim(run, job.spec.owner):
             # whoever was to start it finds the claim taken and does nothing
             self._sink.lost(job.id, job.epoch, "the daemon ended before it started", began=False)
             return
@@ -184,10 +190,10 @@ class LocalExecutor:
         for job, epoch in list(self._watched):
             path = self.run_dir(job, epoch) / "progress.json"
             try:
-                stamp = path.stat().st_mtime_ns
+                stamp = path.lstat().st_mtime_ns
                 if stamp == self._seen.get((job, epoch)):
                     continue
-                said = json.loads(path.read_text(encoding="utf-8"))
+                said = read_json(path)
                 done, total = float(said["done"]), float(said["total"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the job's own file: nothing yet, or nonsense
@@ -195,7 +201,8 @@ class LocalExecutor:
             self._sink.progress(job, epoch, done, total)
 
     def forget(self, job: int) -> None:
-        shutil.rmtree(self._base / str(job), ignore_errors=True)
+        self._owners.pop(job, None)
+        self._pool.submit(self._hands.forget, self._base / str(job))
 
     def output(self, job: int) -> list[Path]:
         where = self._base / str(job)
@@ -242,26 +249,6 @@ class LocalExecutor:
             "max_output_bytes": self._max_output_bytes // 2,
         }
 
-    def _launch(self, run: Path, spec: dict[str, Any]) -> tuple[int, str]:
-        """On a thread: status of the supervisor's first half, and what went wrong before it."""
-        try:
-            run.mkdir(mode=0o700, parents=True, exist_ok=True)
-            supervisor.write_whole(run / "run.json", spec)
-            (run / "run.json").chmod(0o600)
-            command = [sys.executable, "-I", "-S", supervisor.__file__, str(run)]
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                timeout=START_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            return -1, str(error)
-        return done.returncode, ""
-
     def _in_loop(self, call: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the next daemon recovers
             self._loop.call_soon_threadsafe(call, *args)
@@ -273,25 +260,25 @@ class LocalExecutor:
             self._watch(job, epoch)
         elif (run / "exit.json").exists():
             self._ended(job, epoch)
-        elif self._claimed(run):
+        elif self._claimed(job, run):
             why = f"cannot start a supervisor: {error or f'status {status}'}"
             _log.error("start failed", extra={"job": job, "epoch": epoch, "error": why})
             self._loop.call_later(BACKOFF_S, lambda: self._sink.lost(job, epoch, why, began=False))
         else:
             self._watch(job, epoch)
 
-    def _claimed(self, run: Path) -> bool:
+    def _claimed(self, job: int, run: Path) -> bool:
         """Whether nobody can start this run any more. A disk that takes no claim takes no
         supervisor's either."""
         try:
-            return supervisor.claim(run, "daemon")
-        except OSError:
+            return self._hands.claim(run, self._owners.get(job, ""))
+        except (OSError, LauncherError):
             return True
 
     def _watch(self, job: int, epoch: int) -> None:
         """Hear of the supervisor's end by its pidfd; the start time tells it from a stranger."""
         try:
-            who = json.loads((self.run_dir(job, epoch) / "claim").read_text(encoding="utf-8"))
+            who = read_json(self.run_dir(job, epoch) / "claim")
             if who["who"] == "daemon":
                 self._sink.lost(job, epoch, "never started", began=False)
                 return
@@ -299,11 +286,7 @@ class LocalExecutor:
         except (OSError, ValueError):
             self._ended(job, epoch)
             return
-        try:
-            same = supervisor.start_ticks(who["pid"]) == who["start_ticks"]
-        except OSError:
-            same = False
-        if not same:
+        if not self._hands.same(who["pid"], who["start_ticks"]):
             os.close(descriptor)
             self._ended(job, epoch)
             return
@@ -323,37 +306,21 @@ class LocalExecutor:
         with contextlib.suppress(Exception):
             self.poll_one(job, epoch)
         try:
-            said = json.loads((run / "exit.json").read_text(encoding="utf-8"))
+            said = read_json(run / "exit.json")
             status, detail = int(said["status"]), str(said["detail"])
         except (OSError, ValueError, KeyError, TypeError):
-            killed = kill_marked(run)
-            why = f"its supervisor is gone ({killed} processes of it ended)"
-            self._sink.lost(job, epoch, why, began=True)
+            future = self._pool.submit(self._hands.kill, run, self._owners.get(job, ""))
+            future.add_done_callback(
+                lambda done: self._in_loop(self._gone, job, epoch, done.result())
+            )
             return
         self._sink.exited(job, epoch, status, detail)
 
+    def _gone(self, job: int, epoch: int, killed: int) -> None:
+        why = f"its supervisor is gone ({killed} processes of it ended)"
+        self._sink.lost(job, epoch, why, began=True)
+
     def poll_one(self, job: int, epoch: int) -> None:
         """The last report of a run that ended."""
-        said = json.loads((self.run_dir(job, epoch) / "progress.json").read_text(encoding="utf-8"))
+        said = read_json(self.run_dir(job, epoch) / "progress.json")
         self._sink.progress(job, epoch, float(said["done"]), float(said["total"]))
-
-
-def kill_marked(run: Path) -> int:
-    """Kills every process whose environment names this run, until there is none."""
-    mark = f"INTENTD_RUN={run}".encode()
-    killed = 0
-    for _ in range(10):
-        found = False
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal():
-                continue
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                if mark in environment:
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    found, killed = True, killed + 1
-            except OSError:
-                continue
-        if not found:
-            break
-    return killed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
+import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from intentd.core.jobs.job import OVER, Instruction, Job, State
 from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.predictor import Prediction
 from intentd.core.jobs.spec import MAX_ARRAY, JobSpec, spec_from_plain
+from intentd.daemons.gpu.hands import read_own
 from intentd.daemons.gpu.scheduler import Scheduler
 
 MAX_PAGE: Final = 10_000
@@ -39,11 +40,18 @@ class Caller:
 
 
 class Service:
-    """profiles: named speed tables of the configuration."""
+    """profiles: named speed tables of the configuration. multi_user: jobs run as their owners."""
 
-    def __init__(self, scheduler: Scheduler, profiles: Mapping[str, tuple[float, ...]]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        profiles: Mapping[str, tuple[float, ...]],
+        *,
+        multi_user: bool = False,
+    ) -> None:
         self.scheduler = scheduler
         self.profiles = profiles
+        self.multi_user = multi_user
 
     async def submit(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """args: the fields of a job, and ``array``: how many of it."""
@@ -169,7 +177,7 @@ class Service:
         limit = _number(args, "limit", MAX_LOG_BYTES, 1, MAX_LOG_BYTES)
         executor = self.scheduler.executor
         files = executor.output(row["id"]) if executor is not None else []
-        sizes = [path.stat().st_size if path.exists() else 0 for path in files]
+        sizes = [_size(path) for path in files]
         offset = max(0, sum(sizes) + offset) if offset < 0 else offset
         data, at = b"", offset
         for path, size in zip(files, sizes, strict=True):
@@ -230,7 +238,9 @@ class Service:
         if asked and asked != caller.name and not caller.trusted:
             raise InputError("owner", asked, f"{caller.name}, the user who asks")
         spec = spec_from_plain({**given, "owner": asked or caller.name}, self.profiles)
-        if spec.workdir and not Path(spec.workdir).is_dir():
+        if self.multi_user:
+            _check_account(spec.owner)
+        elif spec.workdir and not Path(spec.workdir).is_dir():
             raise InputError("workdir", spec.workdir, "a directory of this host")
         return spec
 
@@ -288,15 +298,28 @@ class Service:
         }
 
 
+def _check_account(owner: str) -> None:
+    """Raises InputError unless jobs can run as that user."""
+    try:
+        uid = pwd.getpwnam(owner).pw_uid
+    except KeyError:
+        raise InputError("owner", owner, "a user of this host: jobs run as their owners") from None
+    if uid == 0:
+        raise InputError("owner", owner, "a user other than root")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
 def _piece(path: Path, offset: int, limit: int) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # rotated away meanwhile
+        return read_own(path, limit, offset)
+    except OSError:  # rotated away meanwhile, or not a file of the job's owner
         return b""
-    try:
-        return os.pread(descriptor, limit, offset)
-    finally:
-        os.close(descriptor)
 
 
 def _number(args: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:

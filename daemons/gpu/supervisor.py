@@ -66,9 +66,9 @@ class Output:
     """Appends to a file; a full one becomes the older half, so that at most twice max_bytes are
     kept. What the disk refuses is dropped and counted: a full disk must not stop the job."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
-        self.path, self.max_bytes, self.dropped = path, max_bytes, 0
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    def __init__(self, path: Path, max_bytes: int, mode: int = 0o600) -> None:
+        self.path, self.max_bytes, self.dropped, self._mode = path, max_bytes, 0, mode
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
         self._size = os.fstat(self._file).st_size
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class Output:
                 os.replace(self.path, self.path.with_suffix(".1.log"))
                 os.close(self._file)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                self._file = os.open(self.path, flags, 0o600)
+                self._file = os.open(self.path, flags, self._mode)
                 self._size = 0
             self._size += os.write(self._file, data)
         except OSError:
@@ -94,7 +94,8 @@ class Run:
         self.run, self.spec = run, spec
         self.kill_at = 0.0
         self._stop_text = ""
-        self.output = Output(Path(str(spec["output"])), int(str(spec["max_output_bytes"])))
+        most, mode = int(str(spec["max_output_bytes"])), int(str(spec.get("output_mode", 0o600)))
+        self.output = Output(Path(str(spec["output"])), most, mode)
         self.reader, self._writer = os.pipe2(os.O_CLOEXEC)
         self._wake_reader, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)

@@ -82,8 +82,18 @@ def test_up_detached_restarts_and_down(suite: Suite) -> None:
     assert "runs already" in again.stderr
     status = suite.ctl("status", "--json")
     assert status.returncode == 0, status.stdout + status.stderr
-    assert {m["role"] for m in json.loads(status.stdout)["members"]} == {"agent", "sequencer"}
+    assert {m["role"] for m in json.loads(status.stdout)["members"]} == {
+        "agent", "gpu", "sequencer",
+    }  # fmt: skip
     assert suite.ctl("reload", "controller").returncode == 0
+    made = json.loads(suite.ctl("jobs", "submit", "--size", "1", "--json", "--", "true").stdout)
+    job = str(made["job"])
+
+    def over() -> bool:
+        found = json.loads(suite.ctl("jobs", "show", job, "--json").stdout)
+        return bool(found["state"] == "finished")
+
+    suite.until(over, "a job of the embedded scheduler ended")
     record = suite.record()
     victim = record["children"]["sequencer"]["pid"]
     os.kill(victim, signal.SIGKILL)
@@ -101,7 +111,7 @@ def test_up_detached_restarts_and_down(suite: Suite) -> None:
     try:
         down = suite.ctl("down", "--json")
         assert json.loads(down.stdout)["stopped"] == [
-            "supervisor", "controller", "sequencer", "agent",
+            "supervisor", "controller", "sequencer", "agent", "gpu",
         ]  # fmt: skip
         assert not any(alive(child) for child in (*children.values(), record["supervisor"]))
         assert bystander.poll() is None
@@ -138,7 +148,7 @@ def test_ctrl_c_stops_the_suite_in_order(suite: Suite) -> None:
     assert process.wait(LIMIT_S) == 0
     process.stderr.close()
     assert not any(alive(child) for child in record["children"].values())
-    assert sum("lifecycle stopped" in line for line in lines) == 3
+    assert sum("lifecycle stopped" in line for line in lines) == 4
     assert not (suite.run_dir / "up.json").exists()
 
 

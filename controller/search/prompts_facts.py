@@ -172,14 +172,19 @@ def task_scores(
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """(best score of a task's own passages for its last question, whether it is answerable).
 
-    Tasks that are neither (partial, underspecified) are left out.
+    Tasks that are neither (partial, underspecified) are left out, and those without passages:
+    that nothing was found is no decision of ours.
     """
     kinds = [row.get("answerability") for row in rows]
     kept = [
         (row, kind[0] if isinstance(kind, list) and kind else kind)
         for row, kind in zip(rows, kinds, strict=True)
     ]
-    kept = [(row, kind) for row, kind in kept if kind in ("ANSWERABLE", "UNANSWERABLE")]
+    kept = [
+        (row, kind)
+        for row, kind in kept
+        if kind in ("ANSWERABLE", "UNANSWERABLE") and row.get("passages")
+    ]
     texts = [_task_texts(row) for row, _ in kept]
     # all at once: an embedder is slow to start
     embed([text for question, chunks in texts for text in (question, *chunks)] or [""])
@@ -209,7 +214,8 @@ def report_tasks(
     """Answerable by score: threshold of the best balanced accuracy on what was learned from."""
     scores, labels = tested
     if not len(scores) or labels.all() or not labels.any():
-        return {"n": len(scores), "left_out": "both answerable and unanswerable tasks are needed"}
+        reason = "needs answerable and unanswerable tasks that have passages"
+        return {"n": len(scores), "left_out": reason}
     order = np.concatenate([scores[labels][:, None] - scores[~labels][None, :]])
     result: dict[str, Any] = {
         "n": len(scores),

@@ -3,7 +3,8 @@
 Each proxy puts what its requests did meanwhile into one transaction at a time: it locks the
 accounts it needs, decides by core.prompts.budgets on the rows as they are, and commits; so a
 budget is never overdrawn by two proxies, and a thousand requests cost a few commits. A batch
-carries a number: one whose commit was cut off is sent again and takes effect once.
+carries a number: one whose commit was cut off is sent again and takes effect once. What the
+database does not take before a stop waits in a file for the next start.
 
 What is open belongs to the proxy that opened it. When a proxy is not heard of for its lease,
 another settles that in full, marked estimated. If it comes back after all, its late settlements
@@ -17,11 +18,13 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 from intentd.core.prompts import budgets
 from intentd.core.prompts.budgets import Account, BudgetRule, Refused, Reservation
 from intentd.daemons.kit.clock import Clock
+from intentd.daemons.kit.files import write_atomically
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.errors import ApiError
 from intentd.proxy.ledger import refusal
@@ -95,6 +98,7 @@ class _Opening:
 class _Batch:
     """What goes into one transaction. ended: by reservation, what it cost (None: released)."""
 
+    owner: str = ""
     number: int = 0
     opening: list[_Opening] = field(default_factory=list)
     ended: dict[str, dict[str, int] | None] = field(default_factory=dict)
@@ -104,14 +108,41 @@ class _Batch:
     def __bool__(self) -> bool:
         return bool(self.opening or self.ended or self.spend or self.requests)
 
+    def to_plain(self) -> dict[str, Any]:
+        """All but those who wait, who are refused."""
+        return {
+            "owner": self.owner,
+            "number": self.number,
+            "ended": self.ended,
+            "spend": [_spend_row(*item) for item in self.spend.items()],
+            "requests": self.requests,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> _Batch:
+        batch = cls(plain["owner"], plain["number"], [], plain["ended"])
+        for day, key, tenant, model, service_type, *sums in plain["spend"]:
+            batch.spend[day, Purpose(key, tenant, model, service_type)] = Sums(*sums)
+        batch.requests = [tuple(row) for row in plain["requests"]]
+        return batch
+
 
 class SharedLedger:
     """run() writes until cancelled, close() writes the rest. A store.base.Books."""
 
     def __init__(
-        self, database: Database, clock: Clock, *, owner: str, name: str, max_rows: int
+        self,
+        database: Database,
+        clock: Clock,
+        *,
+        owner: str,
+        name: str,
+        max_rows: int,
+        left_file: Path,
     ) -> None:
+        """left_file: where close() puts what a database that is away does not take."""
         self._database = database
+        self._left_file = left_file
         self._clock = clock
         self._owner = owner
         self._name = name
@@ -246,7 +277,7 @@ class SharedLedger:
             if not batch:
                 return True
             self._number += 1
-            batch.number = self._number
+            batch.owner, batch.number = self._owner, self._number
             if await self._try(batch):
                 self._tell(batch)
                 return True
@@ -256,12 +287,30 @@ class SharedLedger:
             self._doubtful = batch
             return False
 
+    async def open(self) -> None:
+        """Write what the last run left in a file because the database was away. Raises
+        StoreError."""
+        if not self._left_file.exists():
+            return
+        try:
+            batches = [_Batch.from_plain(one) for one in json.loads(self._left_file.read_bytes())]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self._left_file}: not readable ({error}): move it away") from None
+        for batch in batches:  # each takes effect once, also if this is cut off in the middle
+            await self._write(batch)
+        self._left_file.unlink()
+
     async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not await self.flush():
-            _log.error("the last entries of the ledger could not be written")
+        if await self.flush():
+            return
+        left = [batch for batch in (self._doubtful, self._next) if batch]
+        self._next.owner, self._next.number = self._owner, self._number + 1
+        plain = [batch.to_plain() for batch in left]
+        write_atomically(self._left_file, json.dumps(plain).encode())
+        _log.warning("the database is away: entries kept", extra={"file": str(self._left_file)})
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -294,7 +343,7 @@ class SharedLedger:
     async def _write(self, batch: _Batch) -> None:
         """One transaction, once. Raises StoreError."""
         async with self._database.transaction() as db:
-            if await db.fetchval(_TAKE_BATCH, self._owner, self._name, batch.number) is None:
+            if await db.fetchval(_TAKE_BATCH, batch.owner, self._name, batch.number) is None:
                 return  # it did happen
             await self._write_accounts(db, batch)
             for key, sums in sorted(batch.spend.items(), key=_spend_order):

@@ -26,6 +26,7 @@ from intentd.proxy.store.base import KeyRow
 _log = logging.getLogger(__name__)
 
 KEYS_CHANNEL: Final = "intentd_keys"
+LEFT_FILE: Final = "unwritten.json"
 KEYS_LOCK: Final = 0x696E746B6579
 FORGET_PROXIES: Final = "DELETE FROM proxies WHERE seen < clock_timestamp() - interval '30 days'"
 _SEEN: Final = (
@@ -98,7 +99,12 @@ class SharedState:
         self._name = config.name
         self._lease_s = config.store.lease_s
         self.books = SharedLedger(
-            database, clock, owner=boot, name=config.name, max_rows=config.records.max_rows
+            database,
+            clock,
+            owner=boot,
+            name=config.name,
+            max_rows=config.records.max_rows,
+            left_file=config.state_dir / LEFT_FILE,
         )
         self.turns = SharedConversations(database, clock, config.conversations, boot)
         self.rates = SharedRates(database)
@@ -134,6 +140,7 @@ class SharedState:
     async def start(
         self, tasks: asyncio.TaskGroup, reload_keys: Callable[[], Awaitable[None]]
     ) -> None:
+        await self.books.open()
         await self._tick(reload_keys)
         tasks.create_task(self.books.run(), name="ledger")
         tasks.create_task(self.turns.accepting.run(), name="conversations: accept")

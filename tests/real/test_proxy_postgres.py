@@ -77,15 +77,19 @@ async def peer(
 ) -> AsyncIterator[Peer]:
     clock = clock or SystemClock()
     section = {"url": postgres.url, "lease_s": 60, **store}
-    config = validate(ProxyConfig, {"name": name, "store": section})
+    directory = postgres.base / "states" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    config = validate(ProxyConfig, {"name": name, "store": section, "state_dir": directory})
     state = await SharedState.open(config, clock, f"boot-{name}")
     made = Peer(state, clock)
     try:
         async with made.tasks:
-            await state.start(made.tasks, _no_reload)
-            yield made
-            await state.close()
-            made.tasks.cancel_all()
+            try:
+                await state.start(made.tasks, _no_reload)
+                yield made
+            finally:
+                await state.close()
+                made.tasks.cancel_all()
     except* asyncio.CancelledError:
         pass
 
@@ -221,6 +225,38 @@ async def test_a_commit_that_was_cut_off_takes_effect_once(
         assert await account(one) == (70, 0)
         (row,) = await books.spend(1)
         assert (row["requests"], row["cost_nano"]) == (1, 70)
+
+
+async def test_what_a_stop_without_the_database_left_is_written_later(postgres: Postgres) -> None:
+    async with peer(postgres, "a", timeout_s=2) as one:
+        first = await hold(one, "r1", 100)
+        await one.state.books.flush()
+        await asyncio.to_thread(postgres.stop)
+        try:
+            one.state.books.settle(first, {"nano_dollars": 60})
+            one.state.books.book(PURPOSE, Sums(requests=1, cost_nano=60))
+            assert not await one.state.books.flush()  # this one may have happened
+            one.state.books.book(PURPOSE, Sums(requests=1, cost_nano=7))
+            one.state.books.log_request("r1", "k", 1.0, b"{}")
+            await one.state.close()
+        finally:
+            await asyncio.to_thread(postgres.start)
+    left = postgres.base / "states" / "a" / "unwritten.json"
+    kept = left.read_bytes()
+    for _ in range(2):  # the second time as if it had been killed before the file was gone
+        async with peer(postgres, "a") as again:
+            assert await account(again) == (60, 0)
+            (row,) = await again.state.books.spend(1)
+            assert (row["requests"], row["cost_nano"]) == (2, 67)
+            assert await again.state.books.find_request("r1", "k") == ["{}"]
+            assert not left.exists()
+        left.write_bytes(kept)
+    left.write_bytes(b"{")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with peer(postgres, "a"):
+            pass
+    assert "move it away" in str(caught.value.exceptions[0])
+    left.unlink()
 
 
 async def test_who_leaves_while_money_is_held_gets_none(postgres: Postgres) -> None:

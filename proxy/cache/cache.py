@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +20,7 @@ from intentd.core.prompts.effects import CacheFound, CacheItem, LookupCache, Sto
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.cache.asker import Asker
+from intentd.proxy.cache.behind import RETRY_S, Behind
 from intentd.proxy.cache.hot import Entry, Hot, exact_scope, size_of
 from intentd.proxy.cache.metrics import CacheMetrics
 from intentd.proxy.config_cache import CacheSection
@@ -28,12 +29,11 @@ from intentd.proxy.store.cache import CacheRows, ItemRow, KeyRow
 
 if TYPE_CHECKING:
     from intentd.core.prompts.request import Gate
+    from intentd.proxy.cache.index import Match
     from intentd.proxy.cache.semantic import Semantic, ToEmbed
 
 _log = logging.getLogger(__name__)
 
-FLUSH_S: Final = 0.2
-RETRY_S: Final = 1.0
 TIDY_S: Final = 5.0
 FOLLOW_S: Final = 1.0
 PAGE_ROWS: Final = 1000
@@ -73,25 +73,19 @@ class Cache:
         self._rows = rows
         self._clock = clock
         self._make_semantic = make_semantic
-        self._texts: OrderedDict[str, ItemRow] = OrderedDict()
-        self._texts_bytes = 0
-        self._unwritten: dict[str, ItemRow] = {}
-        self._writing: dict[str, ItemRow] = {}
-        self._gone: list[str] = []
-        self._late: list[tuple[str, int, bytes, str]] = []
+        self._behind = Behind(
+            rows, clock, self.metrics, lambda: self.section.memory_bytes, self._worth_keeping
+        )
         self._to_embed: deque[ToEmbed] = deque()
-        self._kept: dict[str, str] = {}
         self._upto = 0
-        self._dirty = asyncio.Event()
         self._embeddable = asyncio.Event()
         self._putting = asyncio.Lock()
-        self._flushing = asyncio.Lock()
 
     # -- life ----------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Load what is on disk. Raises StoreError."""
-        self._kept = await self._rows.kept()
+        self._behind.kept = await self._rows.kept()
         await self._follow()
         semantic = await self.need_semantic() if self.section.semantic == "on" else None
         if semantic is not None and not self.section.embedder_model:
@@ -99,7 +93,7 @@ class Cache:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write_behind(), name="cache writer")
+            tasks.create_task(self._behind.run(), name="cache writer")
             tasks.create_task(self._embed_behind(), name="cache embedder")
             tasks.create_task(self._tidy(), name="cache tidy")
             if self._rows.shared:
@@ -109,7 +103,7 @@ class Cache:
         if self.semantic is not None:
             await self.semantic.embedder.close()
         try:
-            await self._flush()
+            await self._behind.flush()
         except StoreError as error:
             _log.warning("cache not written", extra={"error": str(error)})
 
@@ -126,10 +120,10 @@ class Cache:
         if self.semantic is not None or self._make_semantic is None:
             return self.semantic
         semantic, self._make_semantic = self._make_semantic(), None
-        semantic.recall(self._kept.get(THRESHOLDS, ""))
+        semantic.recall(self._behind.kept.get(THRESHOLDS, ""))
         self.semantic = semantic  # from now on what is taken is indexed as it comes
         newest = self.hot.newest
-        unwritten = {**self._writing, **self._unwritten}
+        unwritten = self._behind.unwritten()
         for row in unwritten.values():
             entry = self.hot.by_id(row.item_id)
             if entry is not None:
@@ -197,15 +191,26 @@ class Cache:
             _log.warning("no semantic lookup", extra={"error": str(error) or type(error).__name__})
             return CacheFound()
         self.metrics.searched(self._clock.now() - started_s)
-        items = []
-        for match in matches:
-            entry = self.hot.get(match.item)
-            row = await self.row(entry) if entry is not None else None
-            if entry is None or row is None or match.place >= len(row.keys):
-                continue
-            key = row.keys[match.place]
-            items.append(self._item(entry, row, key.kind, key.text, min(1.0, match.similarity)))
-        return CacheFound(tuple(items))
+        return CacheFound(
+            tuple(
+                self._item(entry, one.row, one.kind, one.key, one.similarity)
+                for entry, one in await self._matched(matches)
+            )
+        )
+
+    async def _matched(self, matches: Iterable[Match]) -> list[tuple[Entry, Found]]:
+        """What was found with its texts, in order."""
+        entries = [
+            (entry, match) for match in matches if (entry := self.hot.get(match.item)) is not None
+        ]
+        rows = await self.rows_of([entry for entry, _ in entries])
+        found = []
+        for entry, match in entries:
+            row = rows.get(entry.item_id)
+            if row is not None and match.place < len(row.keys):
+                key = row.keys[match.place]
+                found.append((entry, Found(row, key.kind, key.text, min(1.0, match.similarity))))
+        return found
 
     def store(self, effect: StoreCache, asker: Asker) -> str:
         """Keep a model's answer; on disk a moment later. Why it was not kept, or ""."""
@@ -220,7 +225,7 @@ class Cache:
         size_bytes = size_of(row)
         if size_bytes > self.section.max_item_bytes:
             return "the answer is too large for the cache"
-        if len(self._unwritten) >= MAX_WAITING:
+        if len(self._behind) >= MAX_WAITING:
             return "the store does not keep up"
         key = bytes.fromhex(exact_key(row.scope, effect.prompt))
         known = self.hot.by_exact(key)
@@ -234,8 +239,7 @@ class Cache:
         if self.semantic is not None:
             row = self.semantic.with_vectors(row)
         self._take(row, size_bytes)
-        self._unwritten[row.item_id] = row
-        self._dirty.set()
+        self._behind.write(row)
         return ""
 
     # -- put, get, delete ----------------------------------------------------------------------
@@ -342,21 +346,14 @@ class Cache:
             text, asker.readable, kinds=kinds, scopes=(), min_similarity=min_similarity,
             limit=limit, allowed=fits, by=asker.by,
         )  # fmt: skip
-        found = []
-        for match in matches:
-            entry = self.hot.get(match.item)
-            row = await self.row(entry) if entry is not None else None
-            if row is not None and match.place < len(row.keys):
-                key = row.keys[match.place]
-                found.append(Found(row, key.kind, key.text, min(1.0, match.similarity)))
-        return found
+        return [found for _, found in await self._matched(matches)]
 
     async def page(
         self, owners: Sequence[str], *, source: str | None, after: int, most: int
     ) -> list[ItemRow]:
         """Items of these owners in the order they were stored. Raises ApiError."""
         try:
-            await self._flush()
+            await self._behind.flush()
             return await self._rows.find(owners, source=source, after=after, most=most)
         except StoreError as error:
             raise ApiError(503, f"cache: {error}", retry_after_s=1) from None
@@ -377,9 +374,7 @@ class Cache:
             ]
             for entry in entries:
                 self._drop(entry)
-                self._unwritten.pop(entry.item_id, None)
-            # behind a write of them that is under way: the store works in order
-            await self._rows.remove([entry.item_id for entry in entries])
+            await self._behind.remove([entry.item_id for entry in entries])
         except StoreError as error:
             raise ApiError(503, f"cache: {error}", retry_after_s=1) from None
         self.metrics.removed("deleted", len(entries))
@@ -396,27 +391,21 @@ class Cache:
 
     async def row(self, entry: Entry) -> ItemRow | None:
         """The item with its texts; None when it is gone or the store refuses."""
-        name = entry.item_id
-        row = self._unwritten.get(name) or self._writing.get(name) or self._texts.get(name)
-        if row is not None:
-            if name in self._texts:
-                self._texts.move_to_end(name)
-            return row
-        try:
-            found = await self._rows.fetch([name])
-        except StoreError as error:
-            self.metrics.failed("store")
-            _log.warning("cache not read", extra={"error": str(error)})
-            return None
-        if not found:
-            self._drop(entry)
-            return None
-        self._remember(found[0], entry.size_bytes)
-        return found[0]
+        return (await self.rows_of([entry])).get(entry.item_id)
+
+    async def rows_of(self, entries: Sequence[Entry]) -> dict[str, ItemRow]:
+        """The same of several by id, with one look at the disk at most."""
+        found = await self._behind.fetch({one.item_id: one.size_bytes for one in entries})
+        if found is None:
+            return {}
+        for entry in entries:
+            if entry.item_id not in found:
+                self._drop(entry)
+        return found
 
     def changed(self) -> None:
         """Something that is kept has changed: it is written soon."""
-        self._dirty.set()
+        self._behind.changed()
 
     def gate_for(self, tenant: str) -> Gate | None:
         return self.semantic.gate_for(tenant) if self.semantic is not None else None
@@ -455,9 +444,7 @@ class Cache:
     def _take(self, row: ItemRow, size_bytes: int) -> None:
         """Into memory: entry, texts, vectors."""
         entry = self.hot.add(row, size_bytes)
-        bare = replace(row, keys=tuple(replace(key, vector=b"") for key in row.keys))
-        if row.response:
-            self._remember(bare, size_bytes)
+        self._behind.remember(row, entry.size_bytes)
         if self.semantic is not None:
             self._wait_for_vectors(self.semantic.add(entry.number, row))
 
@@ -470,20 +457,9 @@ class Cache:
         if self._to_embed:
             self._embeddable.set()
 
-    def _remember(self, row: ItemRow, size_bytes: int) -> None:
-        if row.item_id in self._texts:
-            return
-        self._texts[row.item_id] = row
-        self._texts_bytes += size_bytes
-        while self._texts_bytes > self.section.memory_bytes and len(self._texts) > 1:
-            name, _ = self._texts.popitem(last=False)
-            gone = self.hot.by_id(name)
-            self._texts_bytes -= gone.size_bytes if gone is not None else 0
-
     def _drop(self, entry: Entry) -> None:
         """Out of memory."""
-        if self._texts.pop(entry.item_id, None) is not None:
-            self._texts_bytes -= entry.size_bytes
+        self._behind.drop(entry.item_id)
         self.hot.drop(entry)
         if self.semantic is not None:
             self.semantic.drop(entry.owner, entry.number)
@@ -491,9 +467,7 @@ class Cache:
     def _forget(self, entry: Entry) -> None:
         """Out of memory now, off the disk a moment later."""
         self._drop(entry)
-        if self._unwritten.pop(entry.item_id, None) is None:
-            self._gone.append(entry.item_id)
-        self._dirty.set()
+        self._behind.forget(entry.item_id)
 
     def _make_room(self, size_bytes: int, count: int) -> bool:
         """Let the least used answers go. False when there is no room without put objects."""
@@ -520,7 +494,7 @@ class Cache:
                 if entry is not None:
                     self._drop(entry)
             for row in page.items:
-                if self.hot.by_id(row.item_id) is None and row.item_id not in self._gone:
+                if self.hot.by_id(row.item_id) is None and not self._behind.is_going(row.item_id):
                     self._take(row, 0)
             self._upto, more = page.upto, page.more
 
@@ -533,40 +507,8 @@ class Cache:
                 self.metrics.failed("store")
                 _log.warning("cache not followed", extra={"error": str(error)})
 
-    async def _write_behind(self) -> None:
-        while True:
-            await self._dirty.wait()
-            await self._clock.sleep(FLUSH_S)
-            try:
-                await self._flush()
-            except StoreError as error:
-                self.metrics.failed("store")
-                _log.warning("cache not written", extra={"error": str(error)})
-                await self._clock.sleep(RETRY_S)
-
-    async def _flush(self) -> None:
-        async with self._flushing:
-            self._dirty.clear()
-            if self._unwritten or self._gone:
-                self._writing, self._unwritten = self._unwritten, {}
-                gone, self._gone = self._gone, []
-                try:
-                    await self._rows.put(list(self._writing.values()), replaces=gone)
-                except StoreError:
-                    self._unwritten = {**self._writing, **self._unwritten}
-                    self._gone = [*gone, *self._gone]
-                    self._dirty.set()
-                    raise
-                finally:
-                    self._writing = {}
-            if self._late:
-                late, self._late = self._late, []
-                await self._rows.set_vectors(late)
-            if self.semantic is not None:
-                learned = self.semantic.learned()
-                if learned != self._kept.get(THRESHOLDS):
-                    self._kept[THRESHOLDS] = learned
-                    await self._rows.keep(THRESHOLDS, learned)
+    def _worth_keeping(self) -> dict[str, str]:
+        return {} if self.semantic is None else {THRESHOLDS: self.semantic.learned()}
 
     async def _embed_behind(self) -> None:
         """Vectors of what was stored without them."""
@@ -591,14 +533,15 @@ class Cache:
                 self._to_embed.extendleft(reversed(batch))
                 await self._clock.sleep(RETRY_S)
                 continue
+            late = []
             for one, vector in zip(batch, vectors, strict=True):
                 if self.hot.get(one.number) is not None:
                     semantic.add_vector(
                         one.number, one.owner, one.scope, one.place, one.kind, vector
                     )
                     space = semantic.embedder.space
-                    self._late.append((one.item_id, one.place, semantic.packed(vector), space))
-            self._dirty.set()
+                    late.append((one.item_id, one.place, semantic.packed(vector), space))
+            self._behind.add_vectors(late)
 
     async def _tidy(self) -> None:
         """What is over its time goes."""

@@ -90,7 +90,7 @@ class CacheSteps(ModelSteps):
             verdict = self.judge(item)
             if verdict.hit:
                 return self.hit("semantic", item, verdict.score)
-            trace.cache_reason = verdict.reason
+            trace.cache_reason = trace.cache_reason or verdict.reason  # the nearest item's
         if smart and items:
             return (yield from self.smart(stage, items))
         return None

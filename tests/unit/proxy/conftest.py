@@ -37,6 +37,7 @@ class Site:
             "controller": {"enabled": False},
             "listen": {"bind": "127.0.0.1:0"},
             "upstream": {"backoff_s": 0.001, "retry_share": 1.0},
+            "cache": {"semantic": "off"},
             "models": [self.model("m")],
         }
         return validate(ProxyConfig, {**plain, **fields})

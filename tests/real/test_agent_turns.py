@@ -105,7 +105,7 @@ def suite(tmp_path: Path) -> Iterator[tuple[Process, list[Process], list[Flows]]
         for index, port in enumerate(ports)
     ]
     clients = [
-        Flows(str(agent.base / "run" / "agent.sock"), answer_timeout_s=20.0) for agent in agents
+        Flows(str(agent.base / "run" / "agent.sock"), answer_timeout_s=60.0) for agent in agents
     ]
     processes = [sequencer, *agents]
     try:

@@ -30,7 +30,7 @@ from intentd.daemons.kit.link import MemberLink
 
 pytestmark = pytest.mark.real
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class AgentConfig(DaemonConfig):
@@ -281,7 +281,7 @@ async def test_http_shows_members_policies_domains_and_flows(
     base = "http://" + controller.admin.call("status")["status_address"]
 
     def get(path: str) -> Any:
-        with urllib.request.urlopen(base + path, timeout=10) as answer:
+        with urllib.request.urlopen(base + path, timeout=60) as answer:
             return json.load(answer)
 
     def page(path: str) -> Any:

@@ -77,7 +77,7 @@ class Example:
 
     def stop(self) -> str:
         self.process.terminate()
-        return self.process.communicate(timeout=30)[1]
+        return self.process.communicate(timeout=60)[1]
 
 
 def fetch(base: Path, address: str, name: str) -> bytes:

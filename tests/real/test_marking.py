@@ -82,7 +82,7 @@ def test_mapped_peer_gets_the_mark_too() -> None:
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender,
     ):
-        receiver.settimeout(10)
+        receiver.settimeout(60)
         receiver.bind(("127.0.0.1", 0))
         receiver.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
         mark(sender, priority=0, dscp=18)

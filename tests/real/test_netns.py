@@ -25,8 +25,8 @@ def echo(server: netns.Namespace, client: netns.Namespace, family: int, address:
         server.socket(family, socket.SOCK_DGRAM) as answering,
         client.socket(family, socket.SOCK_DGRAM) as asking,
     ):
-        answering.settimeout(10)
-        asking.settimeout(10)
+        answering.settimeout(60)
+        asking.settimeout(60)
         answering.bind((address, 0))
         asking.sendto(b"ping", answering.getsockname())
         data, peer = answering.recvfrom(100)
@@ -56,7 +56,7 @@ def test_star_joins_all_hosts_and_carries_broadcast() -> None:
             hosts[1].socket(kind=socket.SOCK_DGRAM) as hearing,
             hosts[0].socket(kind=socket.SOCK_DGRAM) as calling,
         ):
-            hearing.settimeout(10)
+            hearing.settimeout(60)
             hearing.bind(("0.0.0.0", 0))
             calling.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             calling.sendto(b"all", ("10.77.1.255", hearing.getsockname()[1]))

@@ -26,7 +26,7 @@ from intentd.daemons.kit.keys import new_curve_keys, write_curve_keys, write_fin
 
 pytestmark = pytest.mark.real
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 KEY = bytes(range(32))
 DOMAIN = wire.name_id("link")
 ROOT = Path(__file__).parents[2]

@@ -120,7 +120,7 @@ def test_stopped_agent_restores_and_its_guard_ends(node: netns.Namespace, tmp_pa
     assert said.startswith("shaped ")
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert root_qdisc(node) == "noqueue 0:"
     assert gone(int(said.split()[1]))
 
@@ -227,4 +227,4 @@ def test_without_privilege_it_says_so_and_touches_nothing(
     assert root_qdisc(node) == "noqueue 0:"
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0

@@ -118,7 +118,7 @@ async def test_packets_land_in_the_class_of_their_mark(
         node.socket(family, socket.SOCK_DGRAM) as asking,
     ):
         hearing.bind((peer, 0))
-        hearing.settimeout(20)
+        hearing.settimeout(60)
         asking.sendto(b"x", (peer, hearing.getsockname()[1]))
         hearing.recv(1)  # the neighbour is known from here on
     assert await sent(0, 46) == {0x10: 50, 0x11: 0}

@@ -66,6 +66,6 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([fd], [], [], 20)[0])
+        return bool(select.select([fd], [], [], 60)[0])
     finally:
         os.close(fd)

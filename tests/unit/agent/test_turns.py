@@ -19,7 +19,7 @@ from intentd.core.errors import IntentdError
 from intentd.core.flows.fin import Fin, FinSigner
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.member import Broadcast
-from intentd.daemons.kit.keys import new_curve_keys, new_fin_key, write_curve_keys
+from intentd.daemons.kit.keys import KeyFileError, new_curve_keys, new_fin_key, write_curve_keys
 from intentd.daemons.kit.zap import secure_server
 
 KEY = new_fin_key()
@@ -97,6 +97,12 @@ async def test_a_port_in_use_and_a_target_out_of_reach_are_told() -> None:
     sending.send(Broadcast(1, 2, RUNS), [("255.255.255.255", 9)])  # not from loopback
     assert sum(sending.counts.values()) == 1
     sending.stop()
+
+
+def test_a_fin_key_that_is_missing_is_told_even_while_nothing_needs_it(tmp_path: Path) -> None:
+    made = turns.Turns(name="a", boot=1, now=lambda: 0.0, released=lambda domain, releases: None)
+    with pytest.raises(KeyFileError, match="expected a readable key file"):
+        made.set_domains([], FinSection(key_file=str(tmp_path / "none")))
 
 
 async def test_wrong_keys_are_told_and_the_link_recovers_by_itself(

@@ -62,7 +62,7 @@ def flows(
     from intentd.core.flows.classes import policy_from_sample
     from intentd.core.flows.sampling import poisson_trace, sample_sizes
     from intentd.core.sim.flows import NO_MAX_WAIT_S, fct_metrics, simulate, simulate_srpt
-    from intentd.core.units import parse_rate_bps
+    from intentd.core.units import format_rate, parse_rate_bps
 
     link_bps = parse_rate_bps(rate, "--rate")
     names = _policy_names(policies)
@@ -99,9 +99,13 @@ def flows(
     if as_json:
         typer.echo(json.dumps({"policies": results, "link_bps": link_bps}))
         return
-    from intentd.core.units import format_duration, format_rate
-
     typer.echo(f"{item.name}, {flows} flows at {load:.0%} of {format_rate(link_bps)}, seed {seed}")
+    _show_metrics(results)
+
+
+def _show_metrics(results: dict[str, dict[str, float]]) -> None:
+    from intentd.core.units import format_duration
+
     heads = next(iter(results.values()))
     typer.echo("policy    " + "".join(f"{head.removesuffix('_s'):>10}" for head in heads))
     for name, metrics in results.items():

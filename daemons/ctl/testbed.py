@@ -83,7 +83,7 @@ def run(
     Exit status 4 if a figure missed its bar, 1 if a daemon or a process of the testbed failed.
     With all, the others still run.
     """
-    from intentd.testbed import netns, runner
+    from intentd.testbed import netns
     from intentd.testbed.experiments.options import Options
 
     unshaped = loopback
@@ -106,6 +106,19 @@ def run(
         early_fin_bytes=parse_size_bytes(early_fin, "early_fin") if early_fin else None,
         repeats=repeats,
     )
+    documents = _run_each(name, options, out, as_json)
+    if as_json:
+        print_json(documents[0] if name != "all" else {"experiments": documents})
+    if any("error" in document for document in documents):
+        raise typer.Exit(int(ExitCode.FAILED))
+    if any(not check["holds"] for document in documents for check in document["checks"]):
+        raise typer.Exit(int(ExitCode.DEGRADED))
+
+
+def _run_each(name: str, options: Any, out: Path | None, as_json: bool) -> list[dict[str, Any]]:
+    """One document an experiment; with all, one that fails leaves the others theirs."""
+    from intentd.testbed import runner
+
     documents: list[dict[str, Any]] = []
     for experiment in runner.names(name):
         directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
@@ -122,12 +135,7 @@ def run(
         documents.append(runner.summary(results, directory))
         if not as_json:
             _show(results, directory)
-    if as_json:
-        print_json(documents[0] if name != "all" else {"experiments": documents})
-    if any("error" in document for document in documents):
-        raise typer.Exit(int(ExitCode.FAILED))
-    if any(not check["holds"] for document in documents for check in document["checks"]):
-        raise typer.Exit(int(ExitCode.DEGRADED))
+    return documents
 
 
 @app.command("report")

@@ -610,6 +610,10 @@ class Ledger:
         rows = rows[columns.smallest[rows] <= capacity]
         if upto is not None:
             rows = rows[columns.ids[rows] <= upto]
+        quotas = self._quotas(rows)
+        if quotas is not None:  # a quota lowered below what a job needs: nobody knows when it ends
+            limits = np.append(quotas.gpus, np.inf)[quotas.owner]
+            rows = rows[columns.smallest[rows] <= limits]
         ending = [j.id for j in self._holding.values() if j.purpose in ("cancel", "time limit")]
         if ending:
             rows = rows[~np.isin(columns.ids[rows], ending)]

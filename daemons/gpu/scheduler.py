@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from intentd.core.errors import InputError, IntentdError
@@ -22,6 +22,7 @@ from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.placement import Node
 from intentd.core.jobs.predictor import Prediction, Predictor, WhatIf
 from intentd.core.jobs.spec import JobSpec
+from intentd.core.sim.jobs import Snapshot
 from intentd.daemons.gpu.executors import Executor
 from intentd.daemons.gpu.history import Reporter
 from intentd.daemons.gpu.store import JobStore, plain_of
@@ -72,6 +73,7 @@ class Scheduler:
         self._causes: list[str] = []
         self._hit: set[int] = set()  # jobs that lost work: their predictions are made anew
         self._refreshed_s = 0.0
+        self._refreshing = False
 
     def now(self) -> float:
         """Wall-clock seconds that do not run backwards while the daemon lives."""
@@ -176,18 +178,19 @@ class Scheduler:
 
     async def run(self) -> None:
         """For ever."""
-        while True:
-            done = self._apply(await self._take())
-            if not await self._commit():
-                self._refuse(done)
-                continue
-            await self._acknowledge(done)
-            began = time.perf_counter()
-            self._orders += self.ledger.decide(self.now())
-            self.decide_s = time.perf_counter() - began
-            self._collect()
-            if await self._commit():
-                await self._refresh()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                done = self._apply(await self._take())
+                if not await self._commit():
+                    self._refuse(done)
+                    continue
+                await self._acknowledge(done)
+                began = time.perf_counter()
+                self._orders += self.ledger.decide(self.now())
+                self.decide_s = time.perf_counter() - began
+                self._collect()
+                if await self._commit():
+                    self._refresh(tasks)
 
     async def _take(self) -> list[_Change]:
         """The next changes, or none when a timer is due."""
@@ -207,7 +210,7 @@ class Scheduler:
         waits = [IDLE_S]
         if due is not None:
             waits.append(due - now)
-        if self._causes:
+        if self._causes and not self._refreshing:
             waits.append(self._refreshed_s + REFRESH_S - now)
         return max(0.005, min(waits))
 
@@ -314,10 +317,11 @@ class Scheduler:
         self._save_predictions(issued)
         self._causes.append(f"job {fresh[0].id} submitted")
 
-    async def _refresh(self) -> None:
-        """Re-issues predictions that moved, at most once a second, with the first causes."""
+    def _refresh(self, tasks: asyncio.TaskGroup) -> None:
+        """Has predictions that moved re-issued, at most once a second, with the first causes. Some
+        policies take seconds to play thousands of jobs out: decisions do not wait for it."""
         now = self.now()
-        if not self._causes or now - self._refreshed_s < REFRESH_S:
+        if self._refreshing or not self._causes or now - self._refreshed_s < REFRESH_S:
             return
         known = list(dict.fromkeys(self._causes))
         cause = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
@@ -325,16 +329,27 @@ class Scheduler:
         if len(self.ledger.jobs) > PREDICTED_JOBS:
             return
         hit, self._hit = self._hit, set()
-        for pool in self.ledger.types:
-            snapshot, keys = self.ledger.snapshot(now, pool=pool)
-            if not keys:
-                continue
-            ends = await asyncio.to_thread(snapshot.play_out)
-            moved = self.predictor.moved(snapshot, keys, hit, ends)
-            for at in range(0, len(moved), REISSUED_AT_ONCE):
-                piece = moved[at : at + REISSUED_AT_ONCE]
-                self._save_predictions(self.predictor.reissue(now, piece, cause))
-                await asyncio.sleep(0)  # the books rest meanwhile, the doors do not
+        pools = [self.ledger.snapshot(now, pool=pool) for pool in self.ledger.types]
+        frozen = [(_frozen(snapshot), keys) for snapshot, keys in pools if keys]
+        self._refreshing = True
+        tasks.create_task(self._reissue(frozen, cause, hit), name="predictions")
+
+    async def _reissue(
+        self, pools: list[tuple[Snapshot, list[int]]], cause: str, hit: set[int]
+    ) -> None:
+        try:
+            for snapshot, keys in pools:
+                ends = await asyncio.to_thread(snapshot.play_out)
+                moved = self.predictor.moved(snapshot, keys, hit, ends)
+                for at in range(0, len(moved), REISSUED_AT_ONCE):
+                    piece = moved[at : at + REISSUED_AT_ONCE]
+                    there = [row for row in piece if row.job in self.ledger.jobs]
+                    self._save_predictions(self.predictor.reissue(snapshot.now_s, there, cause))
+                    await asyncio.sleep(0)
+        finally:
+            self._refreshing = False
+        if self._causes:
+            self.post(lambda ledger, now: None)  # look again
 
     def _save_predictions(self, predictions: list[Prediction]) -> None:
         """Best effort: a prediction that is not on disk is made again after a restart."""
@@ -366,6 +381,13 @@ class Scheduler:
 
     def state_counts(self) -> dict[str, int]:
         return {state.value: n for state, n in self.ledger.counts.items() if state not in OVER}
+
+
+def _frozen(snapshot: Snapshot) -> Snapshot:
+    """With speed tables of its own: the books go on using theirs."""
+    jobs = snapshot.jobs
+    own = replace(jobs, speeds=jobs.speeds.copy(), efficiency=jobs.efficiency.copy())
+    return replace(snapshot, jobs=own)
 
 
 def _fail(answer: asyncio.Future[Any], error: Exception) -> None:

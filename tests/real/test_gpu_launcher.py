@@ -20,6 +20,7 @@ import pytest
 
 from intentd.daemons.gpu import launcher as launcher_module
 from intentd.daemons.gpu.hands import LauncherError, LauncherHands, read_own, scope
+from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
 
 pytestmark = [
     pytest.mark.real,
@@ -250,3 +251,71 @@ def test_scopes_are_asked_for_only_where_systemd_runs() -> None:
     else:
         assert command[:2] == ["systemd-run", "--scope"]
         assert "--unit=intentd-job-7-3" in command
+
+
+class Daemon:
+    """The scheduler in multi-user mode."""
+
+    def __init__(self, host: Host, where: Path) -> None:
+        self.config = where / "gpu.toml"
+        self.config.write_text(
+            f'state_dir = "{where}/state"\nrun_dir = "{where}/gpu-run"\n'
+            '[controller]\nenabled = false\n[status]\nbind = "127.0.0.1:0"\n'
+            f'[jobs]\nlauncher = "{host.socket}"\nlauncher_dir = "{host.base}"\n'
+            'nodes = [{ name = "a", gpus = 4 }]\n'
+        )
+        self.admin = AdminClient(where / "gpu-run" / "gpu.admin.sock", 20.0)
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "intentd.daemons.gpu.daemon", "--config", str(self.config)]
+        self.process = subprocess.Popen(command)
+
+        def answers() -> bool:
+            assert self.process.poll() is None
+            with contextlib.suppress(AdminUnreachableError):
+                return bool(self.admin.call("status"))
+            return False
+
+        wait(answers)
+
+    def until(self, job: int, state: str) -> dict[str, Any]:
+        wait(lambda: self.admin.call("jobs.show", job=job)["state"] == state)
+        return self.admin.call("jobs.show", job=job)
+
+
+def test_the_scheduler_runs_jobs_as_their_owners_through_its_own_death(
+    host: Host, tmp_path: Path
+) -> None:
+    daemon = Daemon(host, tmp_path)
+    try:
+        submit = {"command": ["sh", "-c", "id -un; echo $EXTRA"], "size_gpu_s": 1.0}
+
+        def made(owner: str, **fields: Any) -> int:
+            number: int = daemon.admin.call(
+                "jobs.submit", **{**submit, "owner": owner, "env": {"EXTRA": owner}, **fields}
+            )["job"]
+            return number
+
+        first, second = made(host.alice), made(host.bob)
+        for job, owner in ((first, host.alice), (second, host.bob)):
+            daemon.until(job, "finished")
+            assert daemon.admin.call("jobs.logs", job=job)["text"] == f"{owner}\n{owner}\n"
+        for owner in ("root", "no-such-user"):
+            with pytest.raises(AdminRefusedError, match="owner"):
+                made(owner)
+        long = made(host.alice, command=["sleep", "60"])
+        claim = host.base / str(long) / "1" / "claim"
+        daemon.until(long, "running")
+        daemon.process.kill()
+        daemon.process.wait(10)
+        before = json.loads(claim.read_text())
+        daemon.start()
+        shown = daemon.until(long, "running")
+        assert shown["epoch"] == 1
+        assert json.loads(claim.read_text()) == before
+        daemon.admin.call("jobs.cancel", job=long)
+        assert daemon.until(long, "cancelled")["exit_status"] == -15
+    finally:
+        daemon.process.terminate()
+        assert daemon.process.wait(30) == 0

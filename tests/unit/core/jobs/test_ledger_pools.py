@@ -144,6 +144,14 @@ def test_quotas_hold_in_predictions_and_what_if() -> None:
     mine, others = (books.candidate(spec(owner=name), 0.0, "") for name in ("alice", "bob"))
     assert predictor.what_if(snapshot, keys, *mine).prediction.p50_s == pytest.approx(400.0)
     assert predictor.what_if(snapshot, keys, *others).prediction.p50_s == pytest.approx(100.0)
+    books.submit(spec(owner="bob", min_gpus=2, max_gpus=2), 0.0)
+    books.rules = Rules(quotas={"bob": 1})  # lowered: that job cannot be told when it ends
+    snapshot, keys = books.snapshot(0.0)
+    assert keys == [1, 2, 3]
+    assert np.isfinite(snapshot.play_out()).all()
+    books.decide(0.5)
+    assert books.reason(4)["text"] == "quota of bob: 1 GPUs, 0 in use or promised, needs 2"
+    books.cancel(4, 0.5)
     books.rules = Rules()
     snapshot, _ = books.snapshot(0.0)
     assert snapshot.play_out().max() < 110  # the others grow to 4 GPUs when they may

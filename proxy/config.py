@@ -383,6 +383,19 @@ class RouterSection(Section):
     )
 
 
+class LearnedSection(Section):
+    """Decisions learned from recorded outcomes (intentctl prompts train), beside the router's."""
+
+    cascade_file: str = Field(
+        default="",
+        description="When agreement of cheap models is not enough. Empty: when most disagree.",
+    )
+    context_file: str = Field(
+        default="",
+        description="How many messages the context filter `chooser` keeps. Empty: the last five.",
+    )
+
+
 class BatchSection(Section):
     """Requests of many prompts by many models at once (/v1/batch)."""
 
@@ -413,6 +426,9 @@ class ProxyConfig(DaemonConfig):
         default=ConversationsSection(), description="Conversations."
     )
     router: RouterSection = Field(default=RouterSection(), description="The learned router.")
+    learned: LearnedSection = Field(
+        default=LearnedSection(), description="Other learned decisions."
+    )
     batch: BatchSection = Field(default=BatchSection(), description="Batches.")
     cache: CacheSection = Field(default=CacheSection(), description="Stored answers.")
     records: RecordsSection = Field(default=RecordsSection(), description="The request log.")

@@ -41,6 +41,7 @@ from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError
 from intentd.proxy.feedback import FeedbackBook
 from intentd.proxy.keys import Key, Keys
+from intentd.proxy.learned import load_learned
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.routing import Routing, explain_route, load_routing
 from intentd.proxy.server import Api
@@ -255,6 +256,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         api, session = self.api, self._session
         if api is None or session is None:
             return
+        learned = load_learned(config.learned)
         upstreams: dict[str, Upstream | LitellmUpstream] = {}
         for index, model in enumerate(config.models):
             secret = ""
@@ -292,7 +294,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             semantic=cache is not None and cache.cache.has_semantic,
             routed=routing is not None,
         )
-        self._own = (types, own_rules)
+        api.driver.agreement = learned.agreement
+        self._own = (learned.types(types), own_rules)
         self._steer(api, self._steering)
 
     def _cache_part(self, config: ProxyConfig, state: State, api: Api) -> CachePart:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 
+from intentd.core.prompts.cascade import PRIOR_AGREEMENT, AgreementModel
 from intentd.core.prompts.effects import (
     CallFailed,
     CallModel,
@@ -30,6 +31,7 @@ from intentd.core.prompts.effects import (
 from intentd.core.prompts.health import HealthState
 from intentd.core.prompts.models import ModelPool
 from intentd.core.prompts.pipeline import Answer, Env, Request, Router, run
+from intentd.core.prompts.request import Gate
 from intentd.core.prompts.service_types import ServiceType
 from intentd.proxy.adapter.native import Usage
 from intentd.proxy.call import Call, Exchange, guessed_usage
@@ -56,6 +58,7 @@ class Driver:
         self.conversations = conversations
         self.cache: CachePart | None = None
         self.router: Router | None = None
+        self.agreement: AgreementModel = PRIOR_AGREEMENT
         self.warmth = Warmth(engine.clock, engine.section.prompt_cache_s)
         self._engine = engine
 
@@ -76,7 +79,7 @@ class Driver:
         cache = self.cache
         gate = cache.gate(exchange) if cache is not None else None
         request = replace(request, warm=self.warmth.find(exchange.key.key_id, request))
-        steps = run(service_type, request, Env(self.pool, down=down, gate=gate, router=self.router))
+        steps = run(service_type, request, self._env(down, gate))
         sent: dict[str, tuple[ChatMessage, ...]] = {}
         try:
             effect = next(steps)
@@ -131,6 +134,9 @@ class Driver:
             return [[float(number) for number in row["embedding"]] for row in rows]
         except (KeyError, TypeError, ValueError):
             raise ApiError(502, f"{model}: no embeddings in the answer") from None
+
+    def _env(self, down: frozenset[str], gate: Gate | None) -> Env:
+        return Env(self.pool, down=down, gate=gate, router=self.router, agreement=self.agreement)
 
     async def remember(
         self,

@@ -49,6 +49,7 @@ BALANCING_ROUNDS: Final = 4
 MOST_PENALTY: Final = 24.0
 # below so many queries a threshold at 3 % is a matter of a few texts
 ENOUGH_HELD: Final = 500
+MANY_HELD: Final = 1000
 SMALL_SET_PENALTY: Final = 1.5
 
 
@@ -435,16 +436,18 @@ def upper_bound(wrong: int, count: int) -> float:
 def choose_threshold(measured: Measured, max_false_hit: float) -> float:
     """The least threshold at which few edits pass and no data set has more false hits.
 
-    Held to the rate is its upper 95 % bound on these rows: what is counted there comes out higher
-    elsewhere about as often as lower.
+    Of sets with MANY_HELD queries the upper 95 % bound is held to the rate, since what is counted
+    here comes out higher elsewhere as often as lower; of smaller ones the rate itself, or a handful
+    of texts would decide for all.
     """
     grid = np.unique(np.concatenate([scores for scores, _ in measured.best.values()]))
     edits = np.concatenate(list(measured.edits.values())) if measured.edits else np.zeros(1)
     for threshold in grid[np.linspace(0, len(grid) - 1, min(2000, len(grid))).astype(int)]:
-        false = max(
-            upper_bound(int((scores[~right] >= threshold).sum()), len(scores))
-            for scores, right in measured.best.values()
-        )
+        false = 0.0
+        for scores, right in measured.best.values():
+            wrong, count = int((scores[~right] >= threshold).sum()), len(scores)
+            rate = upper_bound(wrong, count) if count >= MANY_HELD else wrong / count
+            false = max(false, rate)
         if false <= max_false_hit and float((edits >= threshold).mean()) <= EDITED_MOST:
             return float(threshold)
     return 1.0

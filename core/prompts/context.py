@@ -43,6 +43,7 @@ DECISION_TOKENS: Final = 8
 SUMMARY_TOKENS: Final = 300
 EXCERPT_CHARS: Final = 2000
 MAX_FILTERS: Final = 64
+UNLEARNED_K: Final = 5
 MAX_DEPTH: Final = 8
 _WORD: Final = re.compile(r"[A-Za-z]+")
 
@@ -112,11 +113,16 @@ class Chooser:
     """As many recent messages as a learned chooser says; no model is asked.
 
     choose: how many of the messages the prompt needs (`core.prompts.chooser` over their texts).
+    None, before anything was learned: the last UNLEARNED_K.
     """
 
-    choose: Callable[[str, Messages], int]
+    choose: Callable[[str, Messages], int] | None = None
 
     def apply(self, messages: Messages, prompt: str, notes: list[str], model: str) -> ContextSteps:
+        if self.choose is None:
+            notes.append(f"chooser: nothing learned, the last {UNLEARNED_K}")
+            yield from ()
+            return messages[-UNLEARNED_K:]
         kept = min(len(messages), max(0, self.choose(prompt, messages)))
         notes.append(f"chooser: {kept} of {len(messages)} messages")
         yield from ()
@@ -242,7 +248,8 @@ def filters_from_plain(plain: object, field: str, _depth: int = 0) -> ContextFil
     """Filters as configuration and requests spell them.
 
     ``{"last_k": 5}``, ``{"similar": 0.5}``, ``"smart_context"``, ``{"smart_context": "model"}``,
-    ``"summarize"``, ``"all"``, ``"none"``, or (nested) lists of these. Raises ConfigError.
+    ``"summarize"``, ``"chooser"``, ``"all"``, ``"none"``, or (nested) lists of these.
+    Raises ConfigError.
     """
     if _depth > MAX_DEPTH:
         raise ConfigError(field, "...", f"lists nested at most {MAX_DEPTH} deep")
@@ -264,6 +271,19 @@ def filters_from_plain(plain: object, field: str, _depth: int = 0) -> ContextFil
     if make is None:
         raise ConfigError(field, name, f"one of {', '.join(_FILTERS)}, or a list of them")
     return make(value, f"{field}.{name}")
+
+
+def with_chooser(
+    filters: ContextFilter, choose: Callable[[str, Messages], int] | None
+) -> ContextFilter:
+    """The same filters with every chooser deciding by `choose`."""
+    if isinstance(filters, Chooser):
+        return Chooser(choose)
+    if isinstance(filters, Narrow):
+        return Narrow(tuple(with_chooser(one, choose) for one in filters.filters))
+    if isinstance(filters, Union):
+        return Union(tuple(with_chooser(one, choose) for one in filters.members))
+    return filters
 
 
 def _last_k(value: object, field: str) -> ContextFilter:
@@ -303,6 +323,7 @@ _FILTERS: Final[Mapping[str, Callable[[Any, str], ContextFilter]]] = {
     "similar": _similar,
     "smart_context": _asking(SmartContext),
     "summarize": _asking(Summarize),
+    "chooser": _constant(Chooser()),
     "all": _constant(ALL),
     "none": _constant(NOTHING),
 }

@@ -264,6 +264,9 @@ class Client:
             except OSError:
                 self._drop(connection)
                 continue
+            if flow.left <= turn.early_fin_bytes and not flow.announced:
+                flow.announced = True  # so little is left already
+                self.gate.announce(flow.index)
             return
         self._queued[server].append(flow)
         if self._count[server] < self.plan.max_pool:

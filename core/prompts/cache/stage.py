@@ -33,6 +33,7 @@ from intentd.core.prompts.service_types import (
 
 RELEVANCE_TOKENS: Final = 8
 SHOWN_CHARS: Final = 4000
+NO_MODEL: Final = "cache"  # what answered where an application put the answer
 
 RELEVANCE_PROMPT: Final = (
     "You see a question and stored texts. Say with one word what they are worth for it: SAME (a "
@@ -136,7 +137,7 @@ class CacheSteps(ModelSteps):
         trace.cache, trace.cache_item, trace.cache_reason = result, item, ""
         trace.gate_score = score
         trace.avoided_nano = item.cost_nano
-        trace.answered_by = item.model
+        trace.answered_by = item.model or NO_MODEL
         return item
 
     def smart(

@@ -178,6 +178,11 @@ async def test_put_with_typed_keys_serves_its_prompt_and_goes_by_source(site: Si
     assert (status, len(body["items"][0]["keys"])) == (200, 2)
     hit = await ask(site, "Opening hours?")
     assert (hit["result"], hit["text"], hit["source"]) == ("exact", "9 to 17.", "hours.txt")
+    assert hit["body"]["model"] == "cache"
+    name = hit["body"]["intentd"]["request_id"]
+    assert (await site.get(f"/v1/requests/{name}"))[1]["outcome"] == "ok"
+    assert (await site.post("/v1/feedback", {"id": name, "rating": "bad"}))[0] == 200
+    assert (await ask(site, "Opening hours?"))["result"] == "exact", "it is the application's"
     status, page, _ = await site.get("/v1/cache?source=hours.txt")
     assert [item["response"] for item in page["data"]] == ["9 to 17."]
     item_id = page["data"][0]["id"]

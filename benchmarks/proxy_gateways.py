@@ -56,9 +56,12 @@ def command(name: str, where: Path, port: int, provider: int, base: Path) -> lis
         model = {
             "model": "openai/m", "api_base": f"http://127.0.0.1:{provider}/v1", "api_key": "x",
         }  # fmt: skip
-        config.write_text(
-            json.dumps({"model_list": [{"model_name": "m", "litellm_params": model}]})
-        )
+        document = {
+            "model_list": [{"model_name": "m", "litellm_params": model}],
+            # Without a key to check: the lightest it can be.
+            "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},
+        }
+        config.write_text(json.dumps(document))
         return [
             str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port),
             "--num_workers", "1",

@@ -86,7 +86,7 @@ class Cache:
     async def open(self) -> None:
         """Load what is on disk. Raises StoreError."""
         self._behind.kept = await self._rows.kept()
-        await self._follow()
+        await self.follow()
         semantic = await self.need_semantic() if self.section.semantic == "on" else None
         if semantic is not None and not self.section.embedder_model:
             await semantic.embedder.embed(["ready"])  # the model is loaded before anybody waits
@@ -484,7 +484,7 @@ class Cache:
 
     # -- inside: the background ----------------------------------------------------------------
 
-    async def _follow(self) -> None:
+    async def follow(self) -> None:
         """Take what was written to the store since the last time."""
         more = True
         while more:
@@ -502,7 +502,7 @@ class Cache:
         while True:
             await self._clock.sleep(FOLLOW_S)
             try:
-                await self._follow()
+                await self.follow()
             except StoreError as error:
                 self.metrics.failed("store")
                 _log.warning("cache not followed", extra={"error": str(error)})

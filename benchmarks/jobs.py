@@ -10,41 +10,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import pcs_fronts, pcs_published
+from benchmarks.pcs_published import AFS_JCT_S, GPUS, POINTS, POLICIES, TRACES
 from intentd.controller.search import histories
 from intentd.controller.search.solver import Budget, PreferenceSolver
-from intentd.core.jobs import allocator, traces
+from intentd.core.jobs import allocator
 from intentd.core.jobs.allocator import JobTable, Progress
-from intentd.core.jobs.policy import JobsPolicy, make, wfq
+from intentd.core.jobs.policy import make, wfq
 from intentd.core.jobs.predictor import Predictor, replay
-from intentd.core.jobs.search_space import Evaluator, hypervolume, nondominated
+from intentd.core.jobs.search_space import hypervolume
 from intentd.core.jobs.workloads import synthetic
 from intentd.core.sim.jobs import Options, Snapshot, simulate
 
-DATA = Path(os.environ.get("INTENTD_DATA", "../shared/data")) / "pcs"
-TRACES = ("0e4a51", "2869ce", "6c71a0", "b436b2")
-# average JCT of AFS (s), of SRSF and FIFO over AFS; average and p99 prediction errors (percent)
-PUBLISHED = {
-    "0e4a51": {"afs": 237_150, "srsf": 1.064, "fifo": 9.301, "err": ((25.6, 240), (26.6, 314))},
-    "2869ce": {"afs": 60_967, "srsf": 1.428, "fifo": 4.857, "err": ((9.03, 113.6), (11.17, 241.1))},
-    "6c71a0": {"afs": 101_500, "srsf": 1.073, "fifo": 31.52, "err": ((17.0, 194), (18.4, 216))},
-    "b436b2": {"afs": 210_250, "srsf": 1.316, "fifo": 59.98, "err": ((83.8, 771), (86.6, 792))},
-}
-# published PCS points: average JCT over AFS, average and p99 prediction error (percent)
-POINTS = {
-    "0e4a51": ((1.57, 5.6, 116), (2.61, 0.80, 7.2)),
-    "b436b2": ((2.25, 1.27, 26),),
-    "6c71a0": ((1.47, 4.9, 92),),
-}
 EVALUATIONS = 1000  # of a search, unless --evaluations says otherwise
 MODERATE = {"T": 0.5, "W": 0.7, "zeta": 0.5, "delta": 0.1}
 
@@ -54,8 +39,9 @@ def say(text: str) -> None:
 
 
 def load(name: str) -> JobTable:
-    scaling = traces.read_scaling((DATA / "scaling.csv").read_text())
-    return traces.read_csv((DATA / f"trace_{name}.csv").read_text(), scaling)
+    data = pcs_published.directory()
+    assert data is not None
+    return pcs_published.load(name, data)
 
 
 def best_of(action: Callable[[], Any], rounds: int) -> float:
@@ -118,20 +104,21 @@ def sampling_error(errors: np.ndarray, taken: int = 5000) -> float:
 def published(quick: bool) -> dict[str, Any]:
     """The artifact setting on the full traces beside the published figures."""
     found: dict[str, Any] = {}
-    for name in TRACES[:2] if quick else TRACES:
-        jobs, wanted = load(name), PUBLISHED[name]
+    for name in list(TRACES)[:1] if quick else TRACES:
+        jobs, known = load(name), POLICIES[name]
         rows: dict[str, Any] = {}
         mean = 1.0
         for policy in ("afs", "srsf", "fifo"):
             options = Options(predictions=float(policy != "fifo"), artifact=True)
-            result = simulate(jobs, make(policy, integral=False), 64, options)
+            result = simulate(jobs, make(policy, integral=False), GPUS, options)
             jct = float(result.measured.jct_s.mean())
             mean = jct if policy == "afs" else mean
+            wanted, average, tail = known[policy]
             value = jct if policy == "afs" else jct / mean
-            rows[policy] = {"value": value, "off_percent": 100 * (value / wanted[policy] - 1)}
+            wanted = AFS_JCT_S[name] if policy == "afs" else wanted
+            rows[policy] = {"value": value, "off_percent": 100 * (value / wanted - 1)}
             if policy != "fifo":
                 errors = np.abs(result.measured.error_percent)
-                average, tail = wanted["err"][policy == "srsf"]
                 rows[policy]["pred_err"] = float(errors.mean())
                 rows[policy]["pred_err_off_percent"] = 100 * (float(errors.mean()) / average - 1)
                 rows[policy]["pred_err_p99"] = float(np.percentile(errors, 99))
@@ -177,87 +164,27 @@ def search(quick: bool) -> dict[str, Any]:
 def fronts(quick: bool) -> dict[str, Any]:
     """Second half of each trace: our front and that of (T, W, zeta, delta), same search, seeds."""
     found: dict[str, Any] = {}
-    evaluations = 150 if quick else EVALUATIONS
-    for name in TRACES[:2] if quick else TRACES:
-        split = histories.of_trace(load(name), jobs=1000, seed=1, samples=3)
-        sides: dict[str, np.ndarray] = {}
-        wfq_front: list[JobsPolicy] = []
-        predictions = min(1.0, 1500 / len(split.test[0]))
-        tail = Evaluator(
-            split.test, 64, _objectives("jct:avg,prederr:avg,prederr:p99"), predictions=predictions
-        )
-        for space in ("wfq", "direct"):
-            solver = PreferenceSolver(64, split.train)
-            result = solver.update_pareto_front(
-                space=space, budget=Budget(evaluations), workers=2, warm=wfq_front
-            )
-            policies = [point.policy for point in result.front]
-            wfq_front = policies if space == "wfq" else wfq_front
-            step = max(1, len(policies) // 40)
-            sides[space] = np.array([tail(policy) for policy in policies[::step]])
-            say(f"{name} {space}: {len(policies)} points, {result.wall_s:.0f} s")
-        ours, theirs = sides["direct"], sides["wfq"]
-        beaten = [
-            row.tolist()
-            for row in ours
-            if any(np.all(t[:2] <= row[:2]) and np.any(t[:2] < row[:2]) for t in theirs)
-        ]
-        low = np.minimum(ours[:, :2].min(axis=0), theirs[:, :2].min(axis=0))
-        high = np.maximum(ours[:, :2].max(axis=0), theirs[:, :2].max(axis=0))
-        areas = {
-            space: hypervolume((rows[:, :2] - low) / (high - low), (1.1, 1.1))
-            for space, rows in sides.items()
-        }
-        found[name] = {
-            "ours": ours[nondominated(ours[:, :2])].tolist(),
-            "stand_ins": theirs[nondominated(theirs[:, :2])].tolist(),
-            "our_points": len(ours),
-            "ours_dominated_by_a_stand_in": beaten,
-            "hypervolume": areas,
-        }
-        say(f"{name}: {len(beaten)} of {len(ours)} of ours dominated, areas {areas}")
+    for name in list(TRACES)[:1] if quick else TRACES:
+        seen = pcs_fronts.held_out(load(name), 150 if quick else EVALUATIONS, say)
+        found[name] = seen
+        short = {key: value for key, value in seen.items() if not isinstance(value, list)}
+        say(f"{name}: {short}")
     return found
-
-
-def _objectives(text: str) -> Any:
-    from intentd.core.jobs.metrics import parse_objectives
-
-    return parse_objectives(text)
 
 
 def full_fronts(quick: bool) -> dict[str, Any]:
     """The artifact setting, whole traces: does our front pass the published points?"""
     found: dict[str, Any] = {}
-    evaluations = 100 if quick else EVALUATIONS
     for name in list(POINTS)[:1] if quick else POINTS:
         jobs = load(name)
-        base = simulate(
-            jobs, make("afs", integral=False), 64, Options(predictions=0, artifact=True)
-        ).measured.jct_s.mean()
-        solver = PreferenceSolver(
-            64, (jobs,), integral=False, predictions=min(1.0, 300 / len(jobs))
-        )
-        start = solver.update_pareto_front(
-            space="wfq", budget=Budget(evaluations // 3), workers=2
-        ).front
-        warm = [p.policy for p in start if p.train["jct:avg"] / base < 4][:45]
-        result = solver.update_pareto_front(budget=Budget(evaluations), workers=2, warm=warm)
-        near = [p for p in result.front if p.train["jct:avg"] / base < 4]
-        exact = Evaluator(
-            (jobs,), 64, _objectives("jct:avg,prederr:avg,prederr:p99"),
-            predictions=min(1.0, 3000 / len(jobs)), artifact=True,
-        )  # fmt: skip
-        rows = [
-            (values[0] / base, values[1], values[2])
-            for values in (exact(point.policy) for point in near[:: max(1, len(near) // 60)])
-        ]
-        found[name] = {"front": rows, "points": {}}
-        for point in POINTS[name]:
-            passed = [row for row in rows if row[0] <= point[0] and row[1] <= point[1]]
-            found[name]["points"][str(point)] = (
-                min(passed, key=lambda row: row[1]) if passed else None
-            )
-        say(f"{name}: {found[name]['points']} ({result.wall_s:.0f} s)")
+        sample = 2500 if len(jobs) < 3000 else 500
+        front = pcs_fronts.whole(jobs, 100 if quick else EVALUATIONS, say, sample=sample)
+        passed = {str(point): front.passing(point) for point in POINTS[name]}
+        found[name] = {
+            "front": front.rows.tolist(),
+            "points": {key: None if row is None else row.tolist() for key, row in passed.items()},
+        }
+        say(f"{name}: {found[name]['points']} ({front.wall_s:.0f} s)")
     return found
 
 
@@ -269,7 +196,7 @@ def coverage(quick: bool) -> dict[str, Any]:
         "wfq3": (0.2, 0.3, 0.3, 0.1),
     }
     found: dict[str, Any] = {}
-    for name in TRACES[:2] if quick else TRACES:
+    for name in list(TRACES)[-1:] if quick else TRACES:
         jobs = load(name)
         options = Options(review_every=max(1, len(jobs) // 250))
         policies = {"srsf": make("srsf")}
@@ -348,8 +275,8 @@ def main() -> None:
     report: dict[str, Any] = {"compiled": allocator.compiled_kernel() is not None}
     for name in names:
         part, needs_traces = PARTS[name]
-        if needs_traces and not DATA.is_dir():
-            report[name] = {"skipped": f"no traces in {DATA} (set INTENTD_DATA)"}
+        if needs_traces and pcs_published.directory() is None:
+            report[name] = {"skipped": "no traces (set INTENTD_DATA)"}
             continue
         say(f"== {name}")
         report[name] = part(options.quick)

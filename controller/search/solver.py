@@ -270,7 +270,8 @@ def _evolve(
         if len(known) < len(proposed):  # the last, cut batch: the algorithm need not learn of it
             break
         PymooEvaluator().eval(StaticProblem(problem, F=known), asked)
-        algorithm.tell(infills=asked)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a front of no extent is normalised
+            algorithm.tell(infills=asked)
         if progress is not None and not progress(len(values), budget.evaluations, np.array(values)):
             cancelled = True
             break

@@ -111,6 +111,7 @@ class Step:
     usage: Usage | None = None
     cost_nano: int = 0
     estimated: bool = False
+    started_s: float = 0.0
     seconds: float = 0.0
 
     def to_plain(self) -> dict[str, Any]:
@@ -152,6 +153,7 @@ class Exchange:
     status: int = 0
     outcome: str = ""
     encoded: bytes = b""
+    trace_parent: str = ""
     trace: Trace | None = None
     rules: tuple[BudgetRule, ...] = ()
     sequence: int = 0  # in its conversation

@@ -396,6 +396,25 @@ class LearnedSection(Section):
     )
 
 
+class TracingSection(Section):
+    """OpenTelemetry spans (extra proxy-otel)."""
+
+    endpoint: str = Field(
+        default="",
+        description="Where spans go, OTLP over HTTP: http://HOST:4318/v1/traces. Empty: no spans.",
+        pattern=r"^(https?://\S+)?$",
+    )
+    token_env: str = Field(
+        default="", description="Environment variable with a bearer token for the endpoint."
+    )
+    sample: float = Field(
+        default=1.0,
+        description="Share of requests traced; a caller's own decision prevails.",
+        ge=0,
+        le=1,
+    )
+
+
 class BatchSection(Section):
     """Requests of many prompts by many models at once (/v1/batch)."""
 
@@ -425,6 +444,7 @@ class ProxyConfig(DaemonConfig):
     conversations: ConversationsSection = Field(
         default=ConversationsSection(), description="Conversations."
     )
+    tracing: TracingSection = Field(default=TracingSection(), description="Spans.")
     router: RouterSection = Field(default=RouterSection(), description="The learned router.")
     learned: LearnedSection = Field(
         default=LearnedSection(), description="Other learned decisions."

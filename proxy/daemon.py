@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final
 
 from aiohttp import web
 
+from intentd import __version__
 from intentd.core.errors import ConfigError, InputError, IntentdError
 from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.core.prompts.budgets import BudgetRule, period_name
@@ -49,6 +50,7 @@ from intentd.proxy.service import offered_types
 from intentd.proxy.state import open_state
 from intentd.proxy.steered import NOTHING, budget_rules, steered_types, with_rules
 from intentd.proxy.store.base import State
+from intentd.proxy.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +107,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             self._cache = self._cache_part(config, state, self.api)
         await load_litellm(config)
         self._take(config, await self._load_routing(config))
+        if config.tracing.endpoint:
+            self.api.tracing = Tracing(config.tracing, config.name, __version__)
         tasks.create_task(self._watch_prices(), name="prices")
         await state.start(tasks, keys.load)
         if self._cache is not None:
@@ -125,6 +129,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         """Models, budgets, keys and bounds; the listening address needs a restart."""
         if config.listen != self.config.listen:
             raise ConfigError("listen", "changed", "a restart to change it")
+        if config.tracing != self.config.tracing:
+            raise ConfigError("tracing", "changed", "a restart to change it")
         if config.upstream.max_connections != self.config.upstream.max_connections:
             raise ConfigError("upstream.max_connections", "changed", "a restart to change it")
         if config.store != self.config.store:
@@ -150,6 +156,9 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             await api.idle.wait()
 
     async def stop(self) -> None:
+        if self.api is not None and self.api.tracing is not None:
+            tracing, self.api.tracing = self.api.tracing, None
+            await asyncio.to_thread(tracing.close)
         if self._link is not None:
             await self._link.stop()
         if self._runner is not None:

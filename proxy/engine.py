@@ -147,6 +147,7 @@ class Attempt:
         held = self._held
         upstream = self.model.upstream
         step = Step(self.model.name, self._call.purpose, outcome, usage)
+        step.started_s = self._started_s
         step.seconds = engine.clock.now() - self._started_s
         if usage is not None:
             if not self._call.images:

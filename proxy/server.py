@@ -58,6 +58,7 @@ from intentd.proxy.streams import (
     pass_stream,
     with_metadata,
 )
+from intentd.proxy.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Api:
         self._clock = clock
         self.log = RequestLog(state.books, config.records.recent)
         self.feedback = feedback
+        self.tracing: Tracing | None = None
         self.reading = Reading(engine, state.turns, self.log, feedback)
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", self._chat),
@@ -177,6 +179,8 @@ class Api:
             clock.now(),
             clock.wall(),
         )
+        if self.tracing is not None:
+            exchange.trace_parent = request.headers.get("traceparent", "")
         self.active += 1
         self.idle.clear()
         try:
@@ -285,6 +289,8 @@ class Api:
         self.metrics.finished(exchange.model, exchange.service_type, outcome, exchange.total_s)
         self.outcomes.finished(exchange)
         self.log.keep(exchange)
+        if self.tracing is not None:
+            self.tracing.record(exchange, self.engine.models)
 
     def _error(self, exchange: Exchange, error: ApiError) -> WholeResponse:
         exchange.status = error.status

@@ -336,7 +336,8 @@ def _tools(value: object) -> list[dict[str, Any]]:
 
 def _tool_choice(value: object) -> dict[str, Any]:
     kind = value.get("type") if isinstance(value, dict) else None
-    choices: dict[object, Any] = {"auto": "auto", "any": "required", "none": "none"}
+    kind = kind if isinstance(kind, str) else ""
+    choices: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
     made: dict[str, Any] = {}
     if isinstance(value, dict) and kind == "tool":
         made["tool_choice"] = {"type": "function", "function": {"name": value.get("name")}}

@@ -19,6 +19,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
+from intentd import __version__
 from intentd.core.errors import InputError
 from intentd.core.prompts.pipeline import Answer, PipelineError
 from intentd.core.prompts.regenerate import Previous, regenerate
@@ -43,6 +44,7 @@ from intentd.proxy.errors import ApiError, bad_field, from_input_error, no_answe
 from intentd.proxy.feedback import Feedback, FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
+from intentd.proxy.openapi import openapi_document
 from intentd.proxy.outgoing import Gone, WholeResponse
 from intentd.proxy.reading import Reading, RequestLog
 from intentd.proxy.reports import OutcomeCounter
@@ -125,6 +127,7 @@ class Api:
             "/v1/embeddings": ("POST", self._generate(openai_chat.read_embeddings)),
             "/v1/models": ("GET", self.reading.models),
             "/v1/conversations": ("GET", self.reading.conversations),
+            "/openapi.json": ("GET", self._openapi),
         }
         self.cache_api: CacheApi | None = None
 
@@ -437,6 +440,9 @@ class Api:
         """``request(prompt, service_type, {key: value})`` (dissertation, table 4.2)."""
         asked = native.read_request(await self._body(request))
         return await self._delegate(request, asked, exchange, None)
+
+    async def _openapi(self, _request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        return json_response(openapi_document(__version__, self._routes, self.types), exchange)
 
     async def _batch(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """A list of prompts by several models or service types."""

@@ -58,6 +58,7 @@ class Bill:
         self.calls = 0
         self.without_cap = 0
         self.open = 0
+        self.most = 0
 
     @property
     def nano(self) -> int:
@@ -92,6 +93,7 @@ class Provider(asyncio.Protocol):
         bill = self.bill
         bill.calls += 1
         bill.open += 1
+        bill.most = max(bill.most, bill.open)
         self.streaming = True
         bill.without_cap += body.get("max_tokens") != CAP
         self.in_tokens = len(json.dumps(body["messages"]).split())
@@ -277,7 +279,7 @@ async def _round(
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {secret}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    bill.hold = given.streams
+    bill.hold, bill.most = given.streams, 0
     counts, before_nano, before_calls = Counts(), bill.nano, bill.calls
     loop = asyncio.get_running_loop()
     transports = []
@@ -286,14 +288,12 @@ async def _round(
             lambda: Client(head.encode() + body, counts), host, int(port)
         )
         transports.append(transport)
-    most = 0
     until_s = time.monotonic() + 300
     # The middle: all streams have run at once, and a good part of the budget is spent.
     share = given.spent
-    while most < given.streams or bill.nano - before_nano < share * budget_nano:
-        most = max(most, bill.open)
+    while bill.most < given.streams or bill.nano - before_nano < share * budget_nano:
         if time.monotonic() > until_s or bill.nano - before_nano > 0.8 * budget_nano:
-            raise RuntimeError(f"at most {most} streams at once, {counts.other[:1]}")
+            raise RuntimeError(f"at most {bill.most} streams at once, {counts.other[:1]}")
         await asyncio.sleep(0.005)
     open_at_kill = bill.open
     proxy.kill()
@@ -325,7 +325,7 @@ async def _round(
         "spend_rows_nano": sum(one["cost_nano"] for one in spend),
         "calls": bill.calls - before_calls,
         "open_at_kill": open_at_kill,
-        "most_at_once": most,
+        "most_at_once": bill.most,
         "answered": counts.done,
         "refused": counts.refused,
         "cut": counts.cut,

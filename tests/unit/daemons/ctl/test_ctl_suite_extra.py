@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from intentd.daemons.ctl.daemon import DAEMONS
+from intentd.daemons.ctl.up import ROLES
+
 ROOT = Path(__file__).parents[4]
 STARTED = (
-    "daemons.ctl.main", "daemons.ctl.up", "daemons.ctl.status", "daemons.ctl.flows",
-    "daemons.ctl.sim", "daemons.ctl.policy", "daemons.ctl.tc", "daemons.ctl.testbed",
-    "controller.daemon", "daemons.sequencer.daemon", "agent.daemon",
-    "testbed.main_job", "testbed.report", "testbed.runner",
+    *(DAEMONS[role] for role in ROLES),
+    *(f"intentd.daemons.ctl.{name}" for name in (
+        "main", "up", "status", "flows", "sim", "policy", "tc", "testbed", "jobs",
+    )),
+    *(f"intentd.testbed.{name}" for name in ("main_job", "report", "runner")),
 )  # fmt: skip
 IMPORTED_AS = {"pyyaml": "yaml", "pyzmq": "zmq"}
 
@@ -32,7 +36,7 @@ def test_the_suite_and_its_main_job_import_nothing_outside_their_extra() -> None
     code = (
         "import importlib, sys\n"
         f"for name in {sorted(others)!r}: sys.modules[name] = None\n"  # importing it now fails
-        f"for name in {STARTED!r}: importlib.import_module('intentd.' + name)\n"
+        f"for name in {STARTED!r}: importlib.import_module(name)\n"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code],

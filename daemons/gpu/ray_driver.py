@@ -1,6 +1,6 @@
 """The Ray driver of intentd-gpu, in a process of its own: the only place that imports ray.
 
-    python -m intentd.daemons.gpu.ray_driver DESCRIPTOR        (started by the daemon)
+    python -m intentd.daemons.gpu.ray_driver DESCRIPTOR PARENT        (started by the daemon)
 
 Ray may end its driver (when its centre is away for a minute), replace signal handlers and block;
 so the daemon keeps it at arm's length: JSON lines over a socket, and a new driver when this one
@@ -15,15 +15,21 @@ First line in: ``{"kind": "hello", "term", "address", "namespace", "heartbeat_s"
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # before the imports that take seconds: never without its daemon
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(sys.argv[2]):
+        sys.exit(0)
+
+import asyncio
 import inspect
 import json
-import os
 import re
-import signal
 import socket
-import sys
 import time
 import uuid
 from typing import Any, Final
@@ -46,7 +52,6 @@ LINE_BYTES: Final = 1 << 24
 MAKE_TIMEOUT_S: Final = 90.0
 CALL_TIMEOUT_S: Final = 10.0
 AGAIN_S: Final = 0.5
-PR_SET_PDEATHSIG: Final = 1
 
 
 def name_of(key: Key, node_id: str) -> str:
@@ -70,9 +75,16 @@ class Driver:
         self.address = str(hello["address"])
         self.heartbeat_s = float(hello["heartbeat_s"])
         self.lease_s = float(hello["lease_s"])
-        self.fleet = Fleet(float(hello["lost_after_s"]), time.monotonic(), hello["nodes"])
+        self.fleet = Fleet(
+            float(hello["lost_after_s"]),
+            self.lease_s,
+            self.heartbeat_s,
+            time.monotonic(),
+            hello["nodes"],
+        )
         self._writer = writer
         self._actors: dict[int, Any] = {}  # slot number -> handle
+        self._names: dict[int, str] = {}
         self._watching: dict[int, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup
         self._runner = inspect.getsource(ray_runner)
@@ -134,21 +146,32 @@ class Driver:
                         self._spawn(self._create(act))
                     case Call():
                         self._spawn(self._call(act))
-                    case Kill(_, number):
-                        self._forget(number)
+                    case Kill():
+                        self._forget(act)
 
     def _spawn(self, work: Any) -> None:
         task = self._tasks.create_task(work)
         self._doing.add(task)
         task.add_done_callback(self._doing.discard)
 
-    def _forget(self, number: int) -> None:
-        actor = self._actors.pop(number, None)
-        task = self._watching.pop(number, None)
+    def _forget(self, act: Kill) -> None:
+        actor = self._actors.pop(act.number, None)
+        name = self._names.pop(act.number, "")
+        task = self._watching.pop(act.number, None)
         if task is not None:
             task.cancel()
         if actor is not None:
-            self._spawn(asyncio.to_thread(kill_quietly, actor))
+            self._spawn(self._bury(act, actor, name))
+
+    async def _bury(self, act: Kill, actor: Any, name: str) -> None:
+        """Kills the slot and waits until Ray's centre has it struck off."""
+        while True:
+            await asyncio.to_thread(kill_quietly, actor)
+            if name not in await asyncio.to_thread(ray.util.list_named_actors):
+                break
+            await asyncio.sleep(AGAIN_S)
+        self.fleet.buried(act.key, act.number, time.monotonic())
+        self._act()
 
     async def _find(self) -> None:
         """Slots that were made before."""
@@ -164,14 +187,15 @@ class Driver:
             if not number:
                 await asyncio.to_thread(kill_quietly, actor)
                 continue
-            self._actors[number] = actor
+            self._actors[number], self._names[number] = actor, name
             self._watching[number] = self._tasks.create_task(self._watch(known[0], number))
 
     async def _create(self, act: Create) -> None:
         slot = ray.remote(ray_slot.Slot)
         mark = f"{self.namespace}@{self.address}/{act.key[0]}/{act.key[1]}"
+        self._names[act.number] = name_of(act.key, act.node_id)
         options = {
-            "name": name_of(act.key, act.node_id),
+            "name": self._names[act.number],
             "namespace": self.namespace,
             "lifetime": "detached",
             "num_gpus": 1,
@@ -210,6 +234,7 @@ class Driver:
             except (ActorDiedError, ActorUnschedulableError):
                 kill_quietly(actor)
                 self._actors.pop(number, None)
+                self._names.pop(number, None)
                 self._watching.pop(number, None)
                 self.fleet.down(key, number, time.monotonic(), dead=True)
                 self._act()
@@ -310,7 +335,6 @@ async def drive(descriptor: int) -> int:
 
 
 def main() -> int:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     status = asyncio.run(drive(int(sys.argv[1])))
     sys.stdout.flush()
     os._exit(status)

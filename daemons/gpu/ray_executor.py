@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from intentd.core.errors import ConfigError
-from intentd.core.jobs.job import Job, Start, Stop
+from intentd.core.jobs.job import Job, Start, State, Stop
 from intentd.core.stats import percentile
 from intentd.daemons.gpu import ray_cluster, supervisor
 from intentd.daemons.gpu.executors import PASSED_ON, NodeSink
@@ -59,13 +59,15 @@ class RaySettings:
 
 @dataclass(slots=True)
 class _Run:
-    """message: its start, until a driver confirmed it."""
+    """message: its start, until a driver took it and ended, or confirmed it. began: it is known
+    to have."""
 
     devices: dict[str, list[int]]
     message: dict[str, Any] | None
     decided_s: float
     ordered_s: float
     sent: bool = False
+    began: bool = False
     stop: tuple[int, float] | None = None
     stopped_s: float = 0.0
 
@@ -159,7 +161,8 @@ class RayExecutor:
 
     def recover(self, job: Job) -> None:
         devices = {node: list(indices) for node, indices in job.devices.items()}
-        run = _Run(devices, None, job.run_since_s, self._clock.now(), sent=True)
+        began = job.state is not State.STARTING
+        run = _Run(devices, None, job.run_since_s, self._clock.now(), sent=True, began=began)
         self._runs[(job.id, job.epoch)] = run
 
     def poll(self) -> None:
@@ -248,6 +251,7 @@ class RayExecutor:
                 "-m",
                 "intentd.daemons.gpu.ray_driver",
                 str(theirs.fileno()),
+                str(os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -359,8 +363,16 @@ class RayExecutor:
         _log.info("driver connected", extra={"runs": len(self._runs)})
         for (job, epoch), run in self._runs.items():
             if run.sent:
-                adopted = {"job": job, "epoch": epoch, "devices": run.devices, "stop": run.stop}
-                self._say({"kind": "adopt", **adopted})
+                self._say(
+                    {
+                        "kind": "adopt",
+                        "job": job,
+                        "epoch": epoch,
+                        "devices": run.devices,
+                        "began": run.began,
+                        "stop": run.stop,
+                    }
+                )
         self._say({"kind": "all"})
         for (job, epoch), run in list(self._runs.items()):
             if run.sent:
@@ -390,6 +402,7 @@ class RayExecutor:
             if run.message is not None:
                 self._effects["start"].append(max(0.0, message["at_s"] - run.decided_s))
                 run.message = None
+            run.began = True
             self._sink.started(*key)
         else:
             del self._runs[key]

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 Key = tuple[str, int]  # node, index of the GPU
 RETRY_S: Final = 5.0  # between attempts to make a slot
+AWAY_S: Final = 90.0  # how long Ray may go on to list a dead node
 SLOW_S: Final = 90.0  # a slot takes longer than so: the node goes without
 
 
@@ -83,12 +84,18 @@ GONE: Final = frozenset({Where.ENDED, Where.LOST})
 
 @dataclass(slots=True)
 class _Slot:
-    """since: it is in its state. quiet: since when nothing was heard of this GPU's slots."""
+    """since: it is in its state. quiet: since when nothing was heard of this GPU's slots. buried:
+    since when none of them can prolong its lease, for Ray counts it as dead. unreached: it fell
+    silent, rather than dying. found: made by a former driver. condemned: told to end."""
 
     number: int
     state: SlotState
     since: float
     quiet: float
+    buried: float | None = None
+    unreached: bool = False
+    found: bool = False
+    condemned: bool = False
     gpu: str = ""
     address: str = ""
     port: int = 0
@@ -97,12 +104,14 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Node:
-    """known: to the daemon. joined: it was told, by this driver, that all slots are there."""
+    """known: to the daemon. joined: it was told, by this driver, that all slots are there.
+    listed: among Ray's living nodes, as of the last look."""
 
     node_id: str
     gpus: int
     known: bool
     joined: bool = False
+    listed: bool = True
     slots: dict[int, _Slot] = field(default_factory=dict)
 
 
@@ -138,16 +147,27 @@ class _Run:
 
 
 class Fleet:
-    """lost_after_s: silence after which a slot's run is taken for ended; longer than the slots'
-    lease. expected: nodes the daemon knows, to be called lost if they do not show up."""
+    """lost_after_s: silence after which a slot's run has certainly ended. A slot that is silent is
+    condemned first, so that it cannot prolong its lease of lease_s, which then runs out; margin_s
+    is for the clocks between. expected: nodes the daemon knows, to be called lost if they do not
+    show up."""
 
-    def __init__(self, lost_after_s: float, now: float, expected: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        lost_after_s: float,
+        lease_s: float,
+        margin_s: float,
+        now: float,
+        expected: Iterable[str] = (),
+    ) -> None:
         self.lost_after_s = lost_after_s
+        self._ended_after_s = lease_s + margin_s
+        self._condemned_after_s = lost_after_s - self._ended_after_s
         self.nodes: dict[str, _Node] = {}
         self.runs: dict[str, _Run] = {}
         self._expected = dict.fromkeys(expected, now)
         self._known = set(self._expected)
-        self._gone: set[str] = set()  # node ids that were called lost
+        self._gone: dict[str, float] = {}  # node ids that were called lost, and when
         self._told_all = False
         self._number = 0
         self._acts: list[Act] = []
@@ -168,8 +188,11 @@ class Fleet:
         self._settle(run)
 
     def adopt(self, message: Mapping[str, Any], now: float) -> None:
-        """{job, epoch, devices, stop: [signal, grace_s] or null}: a run of a former driver."""
+        """{job, epoch, devices, began, stop: [signal, grace_s] or null}: a run of a former
+        driver."""
         run = self._book(message, Where.EXPECTED, None)
+        for member in run.members:
+            member.began = bool(message["began"])
         if message["stop"]:
             run.stop = (int(message["stop"][0]), float(message["stop"][1]))
         for member in run.members:
@@ -208,14 +231,19 @@ class Fleet:
         if node.node_id != node_id or key[1] in node.slots:
             return 0
         self._number += 1
-        node.slots[key[1]] = _Slot(self._number, SlotState.MAKING, now, now)
+        node.slots[key[1]] = _Slot(self._number, SlotState.MAKING, now, now, found=True)
         return self._number
 
     def nodes_seen(self, seen: Iterable[tuple[str, str, int]], now: float) -> None:
         """(name, node id, GPUs) of every living node. A name that changes its id is a node that
         was restarted; the new one is taken once the old one is silent."""
-        for name, node_id, gpus in seen:
-            if node_id in self._gone:
+        found = list(seen)
+        ids = {node_id for _, node_id, _ in found}
+        for known in self.nodes.values():
+            known.listed = known.node_id in ids
+        for name, node_id, gpus in found:
+            # one that is listed for long after it was lost has come back
+            if now - self._gone.get(node_id, -AWAY_S) < AWAY_S:
                 continue
             node = self.nodes.get(name)
             if node is None:
@@ -242,6 +270,7 @@ class Fleet:
         if slot is None:
             return
         slot.state, slot.since, slot.quiet = SlotState.READY, now, now
+        slot.buried, slot.unreached = None, False
         slot.run, slot.port = state["run"], int(state["port"])
         for run, member in self._led_by(key):
             if member.where is Where.WAITING:
@@ -292,18 +321,21 @@ class Fleet:
         if slot is None or slot.state is SlotState.DEAD:
             return
         if dead:
-            again = slot.state is SlotState.MAKING
+            again = slot.state is SlotState.MAKING and not slot.found
             slot.state, slot.since = SlotState.DEAD, now
+            slot.buried = now if slot.buried is None else slot.buried
             slot.number = 0 if again else slot.number  # one that dies young is made later
             self._fill(key[0], self.nodes[key[0]], now)
         elif slot.state is SlotState.READY:
-            slot.state, slot.since = SlotState.SILENT, now
+            slot.state, slot.since, slot.unreached = SlotState.SILENT, now, True
 
-    def failed(self, key: Key, number: int, now: float) -> None:
-        """The slot could not be made; it is tried again."""
+    def buried(self, key: Key, number: int, now: float) -> None:
+        """Ray counts the slot that was to be killed as dead: it cannot prolong its lease."""
         slot = self._current(key, number)
-        if slot is not None:
-            slot.number, slot.state, slot.since = 0, SlotState.DEAD, now
+        if slot is not None and slot.state is not SlotState.DEAD:
+            slot.state, slot.since = SlotState.DEAD, now
+            slot.buried = now if slot.buried is None else slot.buried
+            self._fill(key[0], self.nodes[key[0]], now)
 
     def tick(self, now: float) -> None:
         """Silence that lasted too long."""
@@ -313,20 +345,38 @@ class Fleet:
                 self._say_lost(name, "it is not in the cluster")
         for name, node in list(self.nodes.items()):
             known = node.known or node.joined
-            if known and node.slots and all(self._is_late(s, now) for s in node.slots.values()):
-                self._node_lost(name, node)
+            if known and node.slots and self._is_lost(node, now):
+                self._node_lost(name, node, now)
                 continue
             for index, slot in node.slots.items():
                 if self._is_late(slot, now):
                     self._orphan((name, index), f"the slot of GPU {index} of {name} was lost")
-                slow = slot.state is SlotState.MAKING and now - slot.since >= SLOW_S
-                if slow or (slot.state is SlotState.SILENT and self._is_late(slot, now)):
+                if self._is_due(slot, now):
                     self._acts.append(Kill((name, index), slot.number))
-                    slot.state, slot.since = SlotState.DEAD, now
+                    slot.condemned, slot.unreached = True, slot.unreached or slot.found
             self._fill(name, node, now)
 
+    def _is_due(self, slot: _Slot, now: float) -> bool:
+        """Whether the slot is to be given up."""
+        silent_s = now - slot.since
+        if slot.condemned:
+            return False
+        if slot.state is SlotState.MAKING:
+            return silent_s >= (self.lost_after_s if slot.found else SLOW_S)
+        return slot.state is SlotState.SILENT and silent_s >= self._condemned_after_s
+
+    def _is_lost(self, node: _Node, now: float) -> bool:
+        """Nothing was heard of it for too long, and its slots are not merely being made anew."""
+        if not all(self._is_late(slot, now) for slot in node.slots.values()):
+            return False
+        unreached = all(slot.unreached for slot in node.slots.values())
+        return unreached or not node.listed
+
     def _is_late(self, slot: _Slot, now: float) -> bool:
-        return slot.state is not SlotState.READY and now - slot.quiet >= self.lost_after_s
+        """Whether what ran there has certainly ended, though no successor says so."""
+        if slot.state is SlotState.READY or slot.buried is None:
+            return False
+        return now - slot.buried >= self._ended_after_s
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -364,8 +414,10 @@ class Fleet:
             if slot is not None and slot.number == 0 and now - slot.since < RETRY_S:
                 continue
             self._number += 1
-            quiet = slot.quiet if slot is not None else now
-            node.slots[index] = _Slot(self._number, SlotState.MAKING, now, quiet)
+            fresh = _Slot(self._number, SlotState.MAKING, now, now)
+            if slot is not None:
+                fresh.quiet, fresh.buried, fresh.unreached = slot.quiet, slot.buried, slot.unreached
+            node.slots[index] = fresh
             self._acts.append(Create((name, index), node.node_id, self._number))
 
     def _join(self, name: str) -> None:
@@ -490,6 +542,9 @@ class Fleet:
     def _orphan(self, key: Key, why: str) -> None:
         """The slot's runs have certainly ended without leaving a status."""
         for run, member in self._led_by(key):
+            if member.where is Where.WAITING:
+                continue  # for the slot that is being made
+            member.began = member.began or member.where is Where.STARTING
             member.where, member.why = Where.LOST, why
             self._settle(run)
 
@@ -501,14 +556,15 @@ class Fleet:
             args = (here["run"], int(signal.SIGKILL), 0.0)
             self._acts.append(Call(key, slot.number, "stop", args))
 
-    def _node_lost(self, name: str, node: _Node) -> None:
-        self._gone.add(node.node_id)
+    def _node_lost(self, name: str, node: _Node, now: float) -> None:
+        self._gone[node.node_id] = now
         self._known.discard(name)
         del self.nodes[name]
         for index, slot in node.slots.items():
             if slot.number:
                 self._acts.append(Kill((name, index), slot.number))
-        self._say_lost(name, f"nothing heard for {self.lost_after_s:g} s")
+        quiet_s = now - max(slot.quiet for slot in node.slots.values())
+        self._say_lost(name, f"nothing heard for {quiet_s:.0f} s")
 
     def _say_lost(self, name: str, why: str) -> None:
         self._say(kind="node_lost", node=name, why=why)

@@ -56,7 +56,7 @@ class Slot:
         self._heard = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._gpu = ""
-        self._ray_node = ""
+        self._ray_node = self._name = ""
         self._looking = False
 
     # -- calls ---------------------------------------------------------------------------------
@@ -169,6 +169,7 @@ class Slot:
         if not self._ray_node:
             context = ray.get_runtime_context()
             self._ray_node = str(context.get_node_id())
+            self._name = str(context.get_actor_name())
             self._gpu = ",".join(str(x) for x in ray.get_gpu_ids())
         # what an earlier slot of this GPU left behind must not run on beside us
         await asyncio.to_thread(kill_marked, f"INTENTD_SLOT={self.mark}")
@@ -204,12 +205,15 @@ class Slot:
             await asyncio.sleep(min(1.0, self.lease_s / 6))
 
     async def _look_for_the_centre(self) -> None:
+        """Whether Ray's centre counts this slot among the living: a driver that gives a slot up
+        has it struck off there first."""
         import ray
 
+        asked = time.monotonic()
         try:
-            alive = await asyncio.to_thread(ray.nodes)
-            if any(node["Alive"] and node["NodeID"] == self._ray_node for node in alive):
-                self._heard = time.monotonic()
+            # a list is always asked of the centre; a single name may come from a cache
+            if self._name in await asyncio.to_thread(ray.util.list_named_actors):
+                self._heard = max(self._heard, asked)
         except Exception:  # noqa: BLE001  whatever Ray raises, it did not answer
             return
         finally:

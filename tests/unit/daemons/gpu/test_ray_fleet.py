@@ -16,13 +16,17 @@ class World:
 
     def __init__(self, nodes: dict[str, int], expected: tuple[str, ...] = ()) -> None:
         self.now = 0.0
-        self.fleet = Fleet(10.0, self.now, expected)
+        self.fleet = Fleet(10.0, 6.0, 1.0, self.now, expected)
         self.nodes = nodes
         self.slots: dict[Key, dict[str, Any]] = {}
         self.numbers: dict[Key, int] = {}
         self.said: list[dict[str, Any]] = []
         self.calls: list[Call] = []
         self.killed: list[Key] = []
+
+    def tick(self) -> None:
+        self.fleet.tick(self.now)
+        self.take()
 
     def look(self) -> None:
         seen = [(name, f"id-{name}", gpus) for name, gpus in self.nodes.items()]
@@ -73,6 +77,17 @@ class World:
     def began(self, key: Key, run: str, **answer: Any) -> None:
         self.fleet.began(key, self.numbers[key], run, answer or {"at_s": 1.0})
         self.take()
+
+
+def fall_silent(world: World) -> None:
+    """Node b, from 0 on; it is struck off at 3."""
+    number = world.numbers["b", 0]
+    world.fleet.down(("b", 0), number, world.now, dead=False)
+    world.now = 3.0
+    world.tick()
+    assert world.killed == [("b", 0)]
+    world.fleet.buried(("b", 0), number, world.now)
+    world.take()
 
 
 def running(run: str, **more: Any) -> dict[str, Any]:
@@ -156,20 +171,66 @@ def test_a_silent_node_is_lost_after_its_lease_and_taken_again_under_a_new_id(wo
     world.start(1, {"b": [0]})
     world.began(("b", 0), "1.1")
     world.kinds()
-    world.fleet.down(("b", 0), world.numbers["b", 0], world.now, dead=False)
+    fall_silent(world)
     world.now = 9.0
-    world.fleet.tick(world.now)
-    world.take()
+    world.tick()
     assert world.kinds() == []
     world.now = 10.0
-    world.fleet.tick(world.now)
-    world.take()
+    world.tick()
     assert world.kinds() == ["node_lost", "lost"]
-    assert world.killed == [("b", 0)]
     world.look()  # Ray still lists the old one
     assert "b" not in world.fleet.nodes
     world.fleet.nodes_seen([("b", "id-new", 1)], world.now)
     assert [made.node_id for made in world.take()] == ["id-new"]
+
+
+def test_a_node_whose_slots_all_died_is_not_lost_but_its_runs_are(world: World) -> None:
+    world.start(1, {"b": [0]})
+    world.began(("b", 0), "1.1")
+    world.kinds()
+    world.fleet.down(("b", 0), world.numbers["b", 0], world.now, dead=True)
+    world.take()
+    world.now = 20.0  # the successor is slow
+    world.look()
+    world.tick()
+    assert world.kinds() == ["lost"]
+    world.start(1, {"b": [0]}, epoch=2)
+    world.tick()
+    assert world.kinds() == []
+    world.called()
+    world.up(("b", 0))
+    assert world.called()[-1] == (("b", 0), "start")
+    world.fleet.down(("b", 0), world.numbers["b", 0], world.now, dead=True)
+    del world.nodes["b"]  # now Ray says that the node is dead
+    world.now = 40.0
+    world.look()
+    world.tick()
+    assert world.kinds() == ["node_lost", "lost"]
+
+
+def test_a_node_taken_for_lost_is_taken_again_if_it_stays(world: World) -> None:
+    fall_silent(world)
+    world.now = 10.0
+    world.tick()
+    assert world.kinds() == ["node_lost"]
+    world.now = 99.0
+    world.look()
+    assert "b" not in world.fleet.nodes
+    world.now = 101.0
+    world.look()
+    world.up(("b", 0))
+    assert world.kinds() == ["node_joined"]
+
+
+def test_a_silent_slot_that_cannot_be_struck_off_is_never_called_lost(world: World) -> None:
+    world.start(1, {"b": [0]})
+    world.began(("b", 0), "1.1")
+    world.kinds()
+    world.fleet.down(("b", 0), world.numbers["b", 0], world.now, dead=False)
+    for world.now in (3.0, 10.0, 100.0):
+        world.tick()
+    assert world.killed == [("b", 0)]
+    assert world.kinds() == []
 
 
 def test_silence_that_ends_in_time_loses_nothing(world: World) -> None:
@@ -177,11 +238,12 @@ def test_silence_that_ends_in_time_loses_nothing(world: World) -> None:
     world.began(("b", 0), "1.1")
     world.kinds()
     world.fleet.down(("b", 0), world.numbers["b", 0], world.now, dead=False)
-    world.now = 8.0
+    world.now = 2.0
+    world.tick()
     world.heard(("b", 0), running("1.1"))
     world.now = 15.0
-    world.fleet.tick(world.now)
-    world.take()
+    world.tick()
+    assert world.killed == []
     assert world.kinds() == []
 
 
@@ -189,8 +251,12 @@ def test_adopted_runs_are_compared_with_what_is_there() -> None:
     it = World({"a": 4}, expected=("a", "gone"))
     it.look()
     for job, slot in ((1, 0), (2, 1), (3, 2)):
-        it.fleet.adopt({"job": job, "epoch": 1, "devices": {"a": [slot]}, "stop": None}, it.now)
-    it.fleet.adopt({"job": 5, "epoch": 2, "devices": {"gone": [0]}, "stop": [15, 3.0]}, it.now)
+        it.fleet.adopt(
+            {"job": job, "epoch": 1, "devices": {"a": [slot]}, "began": True, "stop": None}, it.now
+        )
+    it.fleet.adopt(
+        {"job": 5, "epoch": 2, "devices": {"gone": [0]}, "began": True, "stop": [15, 3.0]}, it.now
+    )
     it.fleet.told_all()
     it.up(("a", 0), running("1.1"))
     it.up(("a", 1), ended("2.1"))
@@ -207,15 +273,16 @@ def test_adopted_runs_are_compared_with_what_is_there() -> None:
     assert it.called() == [(("a", 2), "stop")]
     it.kinds()
     it.now = 10.0
-    it.fleet.tick(it.now)
-    it.take()
+    it.tick()
     assert it.kinds() == ["node_lost", "lost"]
 
 
 def test_a_stop_reaches_a_run_that_is_adopted_later() -> None:
     it = World({"a": 1}, expected=("a",))
     it.look()
-    it.fleet.adopt({"job": 1, "epoch": 1, "devices": {"a": [0]}, "stop": [15, 3.0]}, it.now)
+    it.fleet.adopt(
+        {"job": 1, "epoch": 1, "devices": {"a": [0]}, "began": True, "stop": [15, 3.0]}, it.now
+    )
     it.up(("a", 0), running("1.1"))
     assert it.calls == [Call(("a", 0), it.numbers["a", 0], "stop", ("1.1", 15, 3.0), "1.1")]
 

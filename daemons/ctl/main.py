@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -135,11 +136,17 @@ def _root(
     """Options before the command."""
 
 
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     from typer._completion_classes import completion_init  # so that completion scripts work
 
     completion_init()
+    if argv is None:  # as the program: what a command started or made goes with it
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         outcome = app(
             args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=True

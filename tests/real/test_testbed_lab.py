@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.waiting import until
 
 from intentd.testbed import netns, suite
 from intentd.testbed.experiments import faults, overall
@@ -125,6 +128,39 @@ def test_the_command_runs_an_experiment_and_draws_it_again(tmp_path: Path) -> No
     done = call("report", document["directory"])
     assert (done.returncode, done.stdout.strip()) == (0, str(report))
     assert report.exists()
+
+
+def players(directory: Path) -> list[int]:
+    """Processes, of any command line, that work in a directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(directory).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_terminated_run_takes_its_processes_with_it(tmp_path: Path) -> None:
+    words = "run overall --workload cache --policies ps --load 0.3 --duration 60s --seeds 1"
+    words += f" --loopback --gate local --repeats 0 --out {tmp_path}"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "intentd.daemons.ctl", "testbed", *words.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=python_env(),
+    )
+    try:
+        assert running.stderr is not None
+        assert any(" flows" in line for line in running.stderr)
+        assert len(players(tmp_path)) > 1
+        running.terminate()
+        running.stderr.read()
+        assert running.wait(60) == 128 + signal.SIGTERM
+        until(lambda: not players(tmp_path), "the processes of the run are gone")
+    finally:
+        running.kill()
+        running.communicate()
 
 
 def test_the_command_refuses_what_it_does_not_know() -> None:

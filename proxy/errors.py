@@ -64,10 +64,10 @@ def bad_field(field: str, value: object, expected: str, *, code: str | None = No
     )
 
 
-def no_answer(error: PipelineError) -> ApiError:
+def no_answer(error: PipelineError, retry_after_s: float | None = None) -> ApiError:
     """A service type for which no model answered."""
     status = error.status if error.status in (400, 413, 429, 503, 504) else 502
-    return ApiError(status, str(error), code="no_answer")
+    return ApiError(status, str(error), code="no_answer", retry_after_s=retry_after_s)
 
 
 def from_input_error(error: InputError) -> ApiError:

@@ -494,7 +494,7 @@ class Api:
         except PipelineError as error:
             if sink is not None and sink.started:
                 return await sink.fail(str(error))
-            raise no_answer(error) from None
+            raise no_answer(error, exchange.retry_after_s) from None
         if sink is not None:
             return await sink.finish(answer)
         if call is not None:

@@ -14,7 +14,7 @@ export PYTHONPATH := src
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-PIP_INSTALL := $(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check
+PIP_INSTALL := $(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --no-compile
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -26,7 +26,11 @@ MAX_FIELD: Final = 4096
 
 def record_fields(record: logging.LogRecord) -> dict[str, Any]:
     """What the caller passed in ``extra``."""
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    return {
+        name: value
+        for name, value in vars(record).items()
+        if name not in _STANDARD and not name.startswith("_")  # a library's own, as Ray's
+    }
 
 
 def _stamp(record: logging.LogRecord) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intentd.daemons.kit.logs import JsonFormatter, TextFormatter, configure_logging
+from intentd.daemons.kit.logs import JsonFormatter, TextFormatter, configure_logging, record_fields
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,7 @@ def test_json_carries_context_fields_and_traceback() -> None:
 def test_the_journal_gets_priorities_instead_of_time() -> None:
     line = TextFormatter(journal=True).format(record("x"))
     assert line == "<6>agent.gate x"
+
+
+def test_what_libraries_keep_on_records_is_not_shown() -> None:
+    assert record_fields(record("x", _ray_timestamp_ns=1, flow=2)) == {"flow": 2}

@@ -117,8 +117,9 @@ reproduce: $(STAMP)  ## every study beside its published figures (slow)
 reproduce-flows: $(STAMP)
 	$(BIN)/intentctl testbed run all
 
+TESTBED ?= $(wildcard results/pcs-testbed.json)
 reproduce-pcs: $(STAMP) kernel  ## chapter 3 beside its published figures (slow; TESTBED=FILE.json of ray_testbed)
-	$(BIN)/python -m benchmarks.reproduce_pcs --out results/pcs $(if $(TESTBED),--testbed $(TESTBED))
+	$(BIN)/python -m benchmarks.reproduce_pcs --out results/pcs $(addprefix --testbed ,$(TESTBED))
 
 demo-jobs: $(STAMP) kernel  ## 40 jobs on a local Ray with 16 simulated GPUs; the daemon is killed half way
 	$(BIN)/python -m benchmarks.ray_demo

@@ -67,6 +67,7 @@ def main() -> int:
         if first:
             report(done, work)
     if first:
+        note("saving", work, gpus)
         save(repr(work).encode())
         report(work, work)
         note("end", work, gpus)

@@ -120,6 +120,8 @@ async def test_what_is_asked_in_other_words_is_served_and_what_is_not_the_same_i
         assert gone == {"deleted": 2}
         status = (await proxy.admin("status"))["detail"]["cache"]
         assert status["embedder"] == "minilm-l6-int8"
+        # a model's answer is written a moment behind; the list is read from the disk
+        assert (await client.call("GET", "/v1/cache"))["data"]
         proxy.end(signal.SIGKILL)
     # vectors come from the disk
     async with started(proxy) as client:

@@ -46,7 +46,8 @@ async def play_two_policies(setup: Setup, directory: Path) -> list[str]:
             run = await lab.run(Scenario(name, "web-search", 0.3, 1, trace, policy))
             assert run.stalled == 0
             assert run.finished == len(trace)
-            assert run.degraded.keys() <= {"early_fin"}  # turns are announced a millisecond early
+            # turns are announced a moment early; the board may be read as a class fills
+            assert run.degraded.keys() <= {"early_fin", "raced"}
             assert len(run.thresholds) == len(policy.classes)
             assert bool(run.simulator) == setup.namespaces
         if lab.suite is not None and setup.namespaces:

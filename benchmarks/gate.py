@@ -5,7 +5,8 @@
 Starts an agent of its own (unshaped, no controller) in a temporary directory, and clients as
 processes: Python's client library, and C by examples/c_client. "uncontended": no flow ever waits
 (each client process alone, or classes without a gate); "one at a time": every flow goes through
-one class with multiplexing level 1, so each turn is handed over. "paced": one client, a flow every
+one class with multiplexing level 1 and without the board (socket.board, where two programs may
+start in a free class at once), so each turn is handed over. "paced": one client, a flow every
 10 ms, for then the caches are cold, as they are on a host where flows come now and then.
 """
 
@@ -37,6 +38,7 @@ drain_timeout_s = 0
 log = {{ level = "warning" }}
 status = {{ enabled = false }}
 controller = {{ enabled = false }}
+socket = {{ board = {board} }}
 [[domains]]
 name = "up"
 [domains.policy]
@@ -71,7 +73,7 @@ class Agent:
     def __init__(self, base: Path, mpl: int) -> None:
         base.mkdir()
         config = base / "agent.toml"
-        config.write_text(CONFIG.format(base=base, mpl=mpl))
+        config.write_text(CONFIG.format(base=base, mpl=mpl, board="false" if mpl else "true"))
         command = [sys.executable, "-m", "intentd.agent.daemon", "--config", str(config)]
         self.process = subprocess.Popen(command, env=ENV)
         self.socket = base / "run" / "agent.sock"

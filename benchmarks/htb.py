@@ -310,8 +310,9 @@ async def downlink(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
             async with load(
                 {0: first, 1: second}, receiver.interfaces["eth0"], shaper, options.connections
             ) as running:
-                # losses at the port end slow start; the weights hold once they are repaired
-                await asyncio.sleep(2 * options.warmup)
+                # losses at the port end slow start, and cubic takes ten seconds and more to use a
+                # large share again; until then the other class borrows what is left
+                await asyncio.sleep(8 * options.warmup)
                 shares, rate_bps = await running.shares(options.seconds)
         finally:
             await host.close()

@@ -66,6 +66,7 @@ class AgentDaemon(Daemon[AgentConfig]):
 
     role: ClassVar[str] = "agent"
     config_model = AgentConfig
+    fixed: ClassVar[tuple[str, ...]] = ("socket", "fin", "recent_flows", "controller.enabled")
 
     def __init__(self, config: AgentConfig, kit: Kit) -> None:
         super().__init__(config, kit)
@@ -147,39 +148,52 @@ class AgentDaemon(Daemon[AgentConfig]):
                 self._board.close()
 
     async def reload(self, config: AgentConfig) -> None:
-        """Take domains, controller and limits that changed; refuse what needs a restart."""
-        for name in ("socket", "fin", "recent_flows"):
-            if getattr(config, name) != getattr(self.config, name):
-                raise ConfigError(name, "changed", "a restart to change it")
+        """Domains, controller and limits; sockets need a restart."""
         async with self._applying:
-            await self._reload_domains(config)
-        if self._link is not None:
-            self._link.reconfigure(config.controller)
-            self._link.report_soon()
+            held = self._build(config)
+            link = self._link
+            assert link is not None, "before start"
+            link.reconfigure(config.controller)
+            try:
+                self._turns.set_domains(_sequenced(held), config.fin)
+            except BaseException:
+                link.reconfigure(self.config.controller)
+                raise
+            before, self._held = self._held, held
+            self._publish(config)
+            for name, old in before.items():
+                new = held.get(name)
+                if old.shaper is not None and (new is None or new.shaper is not old.shaper):
+                    await old.shaper.restore()
+            for entry in held.values():
+                await self._shape(entry, entry.domain.policy)
+            link.report_soon()
 
-    async def _reload_domains(self, config: AgentConfig) -> None:
+    def _build(self, config: AgentConfig) -> dict[str, Held]:
+        """The domains of a configuration, those that stay as they are and those it makes anew.
+
+        Raises InputError for what could not be shaped; nothing that runs has changed.
+        """
         held: dict[str, Held] = {}
-        for section in config.domains:
-            before = self._held.get(section.name)
-            kept = before is not None and _same_gate(before.section, section)
-            if before is not None and kept:
-                held[section.name] = Held(section, before.domain, before.gate, before.shaper)
-            else:
-                held[section.name] = self._hold(section)
         numbered = self._link.applied("flows") if self._link is not None else None
         wanted = flows_from_plain(numbered.body) if numbered is not None else None
-        for name, old in self._held.items():
-            new = held.get(name)
-            if old.shaper is not None and (new is None or new.shaper is not old.shaper):
-                await old.shaper.restore()
-        self._turns.set_domains(_sequenced(held), config.fin)
-        self._held = held
-        self._publish(config)
-        for entry in held.values():
-            policy = wanted.domain(entry.section.name) if wanted is not None else None
+        for index, section in enumerate(config.domains):
+            before = self._held.get(section.name)
+            if before is not None and _same_gate(before.section, section):
+                held[section.name] = Held(section, before.domain, before.gate, before.shaper)
+                continue
+            made = held[section.name] = self._hold(section)
+            policy = wanted.domain(section.name) if wanted is not None else None
             if policy is not None and numbered is not None:
-                self.shell.set_policy(entry.domain, policy, (numbered.era, numbered.number))
-            await self._shape(entry, entry.domain.policy)
+                made.gate.set_policy(policy, now=self.kit.clock.now())
+                made.domain.adopt(policy, (numbered.era, numbered.number))
+            if made.shaper is not None:
+                try:
+                    made.shaper.check(made.domain.policy)
+                except InputError as error:
+                    where = f"domains[{index}].policy.{error.field}"
+                    raise ConfigError(where, error.value, error.expected) from None
+        return held
 
     def _hold(self, section: DomainSection) -> Held:
         policy = section.first_policy()

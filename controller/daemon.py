@@ -47,6 +47,7 @@ class Controller(Daemon[ControllerConfig]):
 
     role: ClassVar[str] = "controller"
     config_model = ControllerConfig
+    fixed: ClassVar[tuple[str, ...]] = ("hub.bind", "hub.key_file")
 
     def __init__(self, config: ControllerConfig, kit: Kit) -> None:
         super().__init__(config, kit)
@@ -128,28 +129,30 @@ class Controller(Daemon[ControllerConfig]):
         tasks.create_task(self._watch(), name="watch")
 
     async def reload(self, config: ControllerConfig) -> None:
-        self.hub.reconfigure(config.hub)
-        async with self.timers.lock:
-            self.flows.reconfigure(config.flows)
+        """Hub's bounds and allow list, and all of the three applications."""
+        async with self.timers.lock, self.jobs_timers.lock, self.prompts_timers.lock:
+            swaps = (
+                self.hub.prepare(config.hub),
+                self.flows.prepare(config.flows),
+                self.jobs.prepare(config.jobs),
+                self.prompts.prepare(config.prompts),
+            )
+            for swap in swaps:
+                swap()
         self.timers.set_intervals(
             thresholds_interval_s=config.flows.thresholds_interval_s,
             rates_interval_s=config.flows.rates_interval_s,
         )
-        self.timers.wake()
-        async with self.jobs_timers.lock:
-            self.jobs.reconfigure(config.jobs)
         self.jobs_timers.set_intervals(
             thresholds_interval_s=config.jobs.history_interval_s,
             rates_interval_s=config.jobs.history_interval_s,
         )
-
-        async with self.prompts_timers.lock:
-            self.prompts.reconfigure(config.prompts)
         self.prompts_timers.set_intervals(
             thresholds_interval_s=config.prompts.interval_s,
             rates_interval_s=config.prompts.interval_s,
         )
-        self.prompts_timers.wake()
+        for timers in (self.timers, self.jobs_timers, self.prompts_timers):
+            timers.wake()
 
     async def stop(self) -> None:
         await self.hub.stop()

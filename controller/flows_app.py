@@ -295,15 +295,29 @@ class FlowsApplication(
         """Let automatic policies go on."""
         return await self._store.run(lambda _: self._book.release(APPLICATION))
 
-    def reconfigure(self, config: FlowsSection) -> None:
-        """Take a reloaded section; the windows already gathered are kept."""
-        self._config = config
-        for domain in self.domains.values():
-            domain.learner.settings = config.learn()
-            domain.load.window_s = config.load_window_s
-        for section in config.domains:
-            self._announce(section.domain)
-        self._resettle(self.domains)
+    def prepare(self, config: FlowsSection) -> Callable[[], None]:
+        """Build what a reloaded section asks for; calling the result swaps. Raises InputError.
+
+        The windows already gathered are kept.
+        """
+        fresh = {s.domain for s in config.domains} - set(self.domains)
+        if len(self.domains) + len(fresh) > MAX_DOMAINS:
+            raise InputError("flows.domains", len(config.domains), f"at most {MAX_DOMAINS} domains")
+        rates = {name: _rate_of(domain) for name, domain in self.domains.items()}
+        rates.update(dict.fromkeys(fresh, config.default_rate))
+        settings = {name: self._settings(name, rate, config) for name, rate in rates.items()}
+        learn = config.learn()
+
+        def swap() -> None:
+            self._config = config
+            for name in fresh:
+                self._announce(name)
+            for name, domain in self.domains.items():
+                domain.learner.settings = learn
+                domain.load.window_s = config.load_window_s
+                domain.settings = settings[name]
+
+        return swap
 
     # -- for people ------------------------------------------------------------------------------
 
@@ -440,8 +454,11 @@ class FlowsApplication(
         )
         return True
 
-    def _settings(self, name: str, rate_bps: float) -> DomainSettings:
+    def _settings(
+        self, name: str, rate_bps: float, config: FlowsSection | None = None
+    ) -> DomainSettings:
         """The operator's override, else the configuration, else the default."""
+        config = config or self._config
         override = self._overrides.get(name)
         if override is not None and "classes" in override:
             policy = domain_from_plain(override)
@@ -449,15 +466,14 @@ class FlowsApplication(
         if override is not None:
             section = validate(DomainSection, override)
         else:
-            named = [s for s in self._config.domains if s.domain == name]
+            named = [s for s in config.domains if s.domain == name]
             section = named[0] if named else DomainSection(domain=name)
-        return section.settings(rate_bps, self._config.policy)
+        return section.settings(rate_bps, config.policy)
 
     def _resettle(self, names: Iterable[str]) -> None:
         for name in names:
             domain = self.domains[name]
-            rate = min(domain.rates.values(), default=domain.settings.rate_bps)
-            domain.settings = self._settings(name, rate)
+            domain.settings = self._settings(name, _rate_of(domain))
 
     def _checked(self, row: object, where: str) -> tuple[str, dict[str, Any] | None]:
         """(domain, what to store) of one table of set_policy."""
@@ -520,6 +536,11 @@ class FlowsApplication(
             extra={"era": stored.era, "number": stored.number, "reason": stored.reason},
         )
         self._on_issue(stored)
+
+
+def _rate_of(domain: Domain) -> float:
+    """The least that an agent says of its link, else what was known."""
+    return min(domain.rates.values(), default=domain.settings.rate_bps)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -391,12 +391,19 @@ class JobsApplication(
         """Let automatic policies go on."""
         return await self._store.run(lambda _: self._book.release(APPLICATION))
 
-    def reconfigure(self, config: JobsSection) -> None:
-        """Take a reloaded section; histories and fronts are kept."""
-        self._config = config
-        for cluster in self.clusters.values():
-            cluster.history.settings = config.history()
-        self._objectives = self._fronts.preference() or list(config.objectives)
+    def prepare(self, config: JobsSection) -> Callable[[], None]:
+        """Build what a reloaded section asks for; calling the result swaps. Histories and fronts
+        are kept."""
+        history = config.history()
+        objectives = self._fronts.preference() or list(config.objectives)
+
+        def swap() -> None:
+            self._config = config
+            self._objectives = objectives
+            for cluster in self.clusters.values():
+                cluster.history.settings = history
+
+        return swap
 
     # -- for people ------------------------------------------------------------------------------
 

@@ -225,8 +225,13 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
         """Let automatic policies go on."""
         return await self._store.run(lambda _: self._book.release(APPLICATION))
 
-    def reconfigure(self, config: PromptsSection) -> None:
-        self._config = config
+    def prepare(self, config: PromptsSection) -> Callable[[], None]:
+        """Calling the result swaps a reloaded section in."""
+
+        def swap() -> None:
+            self._config = config
+
+        return swap
 
     def intents(self) -> dict[str, Intent]:
         """What is wanted by service type: the operator's word, else the configuration's."""

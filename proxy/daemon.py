@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -66,6 +66,19 @@ class ProxyDaemon(Daemon[ProxyConfig]):
 
     role: ClassVar[str] = "proxy"
     config_model = ProxyConfig
+    fixed: ClassVar[tuple[str, ...]] = (
+        "listen",
+        "tracing",
+        "store",
+        "upstream.max_connections",
+        "upstream.connect_timeout_s",
+        "cache.enabled",
+        "cache.semantic",
+        "cache.embedder_model",
+        "cache.model_file",
+        "cache.gate_file",
+        "controller.enabled",
+    )
 
     def __init__(self, config: ProxyConfig, kit: Kit) -> None:
         super().__init__(config, kit)
@@ -106,7 +119,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         if config.cache.enabled:
             self._cache = self._cache_part(config, state, self.api)
         await load_litellm(config)
-        self._take(config, await self._load_routing(config))
+        self._prepare(config, await self._load_routing(config))()
         if config.tracing.endpoint:
             self.api.tracing = Tracing(config.tracing, config.name, __version__)
         tasks.create_task(self._watch_prices(), name="prices")
@@ -126,25 +139,14 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         _log.info("serving", extra={"api": self.address, "models": len(config.models)})
 
     async def reload(self, config: ProxyConfig) -> None:
-        """Models, budgets, keys and bounds; the listening address needs a restart."""
-        if config.listen != self.config.listen:
-            raise ConfigError("listen", "changed", "a restart to change it")
-        if config.tracing != self.config.tracing:
-            raise ConfigError("tracing", "changed", "a restart to change it")
-        if config.upstream.max_connections != self.config.upstream.max_connections:
-            raise ConfigError("upstream.max_connections", "changed", "a restart to change it")
-        if config.store != self.config.store:
-            raise ConfigError("store", "changed", "a restart to change it")
-        if config.cache.enabled != self.config.cache.enabled:
-            raise ConfigError("cache.enabled", "changed", "a restart to change it")
-        if self._cache is not None:
-            self._cache.check(config.cache)
+        """Models, budgets, service types, the router and bounds."""
         await load_litellm(config)
-        self._take(config, await self._load_routing(config))
-        if self._cache is not None:
-            self._cache.reload(config.cache)
+        swap = self._prepare(config, await self._load_routing(config))
         if self._link is not None:
             self._link.reconfigure(config.controller)
+        swap()
+        if self._cache is not None:
+            self._cache.reload(config.cache)
 
     async def drain(self, deadline_s: float) -> None:
         """No new connections; requests on open ones get 503; what runs is finished."""
@@ -260,12 +262,49 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         """Raises ConfigError."""
         return await asyncio.to_thread(load_routing, config.router, config.cache.model_file)
 
-    def _take(self, config: ProxyConfig, routing: Routing | None) -> None:
-        """Build everything of a configuration, then swap. Raises ConfigError, changing nothing."""
-        api, session = self.api, self._session
-        if api is None or session is None:
-            return
+    def _prepare(self, config: ProxyConfig, routing: Routing | None) -> Callable[[], None]:
+        """Build everything of a configuration; calling the result swaps. Raises ConfigError."""
+        api, session, state, cache = self.api, self._session, self._state, self._cache
+        assert api is not None, "before start"
+        assert session is not None, "before start"
+        assert state is not None, "before start"
         learned = load_learned(config.learned)
+        upstreams = self._upstreams(config, session)
+        shared: dict[str, list[BudgetRule]] = defaultdict(list)
+        for budget in config.budgets:
+            unit, limit = budget_limit(budget.unit, budget.limit)
+            shared[budget.scope].append(BudgetRule(budget.scope, unit, limit, budget.period))
+        own_rules = {scope: tuple(rules) for scope, rules in shared.items()}
+        types = offered_types(
+            config.service_types,
+            cached=cache is not None,
+            semantic=cache is not None and cache.cache.has_semantic,
+            routed=routing is not None,
+        )
+        own_types = learned.types(types)
+        steered_types(own_types, self._steering)
+        with_rules(own_rules, self._steering)
+        pool = self._pool(config)
+
+        def swap() -> None:
+            api.engine.set_pool(upstreams, config.upstream)
+            api.driver.pool = pool
+            state.reload(config)
+            self._routing = routing
+            api.driver.router = routing.router if routing is not None else None
+            api.driver.warmth.keep_s = config.upstream.prompt_cache_s
+            api.driver.agreement = learned.agreement
+            api.log.most = api.memory.most = config.records.recent
+            api.config = config
+            self._own = (own_types, own_rules)
+            self._steer(api, self._steering)
+
+        return swap
+
+    def _upstreams(
+        self, config: ProxyConfig, session: Connections
+    ) -> dict[str, Upstream | LitellmUpstream]:
+        """Who is asked for each model, with its key. Raises ConfigError."""
         upstreams: dict[str, Upstream | LitellmUpstream] = {}
         for index, model in enumerate(config.models):
             secret = ""
@@ -282,30 +321,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 if model.provider == "litellm"
                 else Upstream(model, config.upstream, session, secret, self.kit.clock)
             )
-        shared: dict[str, list[BudgetRule]] = defaultdict(list)
-        for budget in config.budgets:
-            unit, limit = budget_limit(budget.unit, budget.limit)
-            shared[budget.scope].append(BudgetRule(budget.scope, unit, limit, budget.period))
-        own_rules = {scope: tuple(rules) for scope, rules in shared.items()}
-        api.engine.set_pool(upstreams, config.upstream)
-        self._price(config)
-        if self._state is not None:
-            self._state.reload(config)
-        self._routing = routing
-        api.driver.router = routing.router if routing is not None else None
-        api.driver.warmth.keep_s = config.upstream.prompt_cache_s
-        api.log.most = config.records.recent
-        api.config = config
-        cache = self._cache
-        types = offered_types(
-            config.service_types,
-            cached=cache is not None,
-            semantic=cache is not None and cache.cache.has_semantic,
-            routed=routing is not None,
-        )
-        api.driver.agreement = learned.agreement
-        self._own = (learned.types(types), own_rules)
-        self._steer(api, self._steering)
+        return upstreams
 
     def _cache_part(self, config: ProxyConfig, state: State, api: Api) -> CachePart:
         clock, driver = self.kit.clock, api.driver
@@ -323,18 +339,18 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         api.set_cache(part)
         return part
 
-    def _price(self, config: ProxyConfig) -> None:
-        """Let pipelines choose by today's prices."""
-        if self.api is not None:
-            day = period_name("day", self.kit.clock.wall())
-            self.api.driver.pool = ModelPool(model.spec(day) for model in config.models)
+    def _pool(self, config: ProxyConfig) -> ModelPool:
+        """The models as pipelines choose among them, by today's prices."""
+        day = period_name("day", self.kit.clock.wall())
+        return ModelPool(model.spec(day) for model in config.models)
 
     async def _watch_prices(self) -> None:
         """New prices hold from midnight (UTC) of their day."""
         while True:
             left_s = 86400 - self.kit.clock.wall() % 86400
             await self.kit.clock.sleep(min(left_s + 0.1, 3600.0))
-            self._price(self.config)
+            if self.api is not None:
+                self.api.driver.pool = self._pool(self.config)
 
     async def _listen(self, api: Api) -> None:
         bind = self.config.listen.bind

@@ -52,7 +52,7 @@ class Ledger:
     def __init__(self, store: Store, clock: Clock, *, max_rows: int) -> None:
         self._store = store
         self._clock = clock
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._accounts: dict[str, Account] = {}
         self._open: dict[str, Reservation] = {}
         self._next = Batch()
@@ -158,7 +158,7 @@ class Ledger:
 
     def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
         """Put a finished request into the log; dropped and counted while the disk is away."""
-        if self._max_rows == 0:
+        if self.max_rows == 0:
             return
         if len(self._next.requests) >= MAX_UNWRITTEN:
             self.dropped_records += 1
@@ -325,7 +325,7 @@ class Ledger:
                 self._since_prune += len(batch.requests)
                 if self._since_prune >= PRUNE_EVERY:
                     self._since_prune = 0
-                    db.execute(sqlite.PRUNE_REQUESTS, (self._max_rows,))
+                    db.execute(sqlite.PRUNE_REQUESTS, (self.max_rows,))
 
 
 def refusal(outcome: Refused) -> ApiError:

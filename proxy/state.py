@@ -64,7 +64,7 @@ class EmbeddedState:
 
     def reload(self, config: ProxyConfig) -> None:
         self.turns.section = config.conversations
-        self.feedback_rows.max_rows = config.records.max_rows
+        self.books.max_rows = self.feedback_rows.max_rows = config.records.max_rows
 
     def unready(self) -> list[str]:
         return self.store.unready()

@@ -188,6 +188,27 @@ class Shaper:
             return 0
         return plan.priority_of(class_index)
 
+    def check(self, policy: DomainPolicy) -> None:
+        """Raises what apply would raise; nothing changes."""
+        try:
+            self._plan(policy)
+        except PolicyError as error:
+            if not self._tells_no_classes(error):
+                raise
+
+    def _plan(self, policy: DomainPolicy) -> plan.HtbTree:
+        return plan.tree_for(
+            policy,
+            rate_bps=policy.rate_bps * self.link_share,
+            unmarked_share=self.unmarked_share,
+            queue_packets=self.queue_packets,
+            by_dscp=self.direction == "ingress",
+        )
+
+    def _tells_no_classes(self, error: PolicyError) -> bool:
+        """Whether a receiver gets no marks to tell classes by: such a domain goes unshaped."""
+        return self.direction == "ingress" and error.value == 0
+
     async def apply(self, policy: DomainPolicy) -> ShaperState:
         """Make the kernel hold the policy, changing in place what differs, and read it back.
 
@@ -195,15 +216,9 @@ class Shaper:
         DSCP); then nothing has changed. Whatever the kernel says ends in the state.
         """
         try:
-            tree = plan.tree_for(
-                policy,
-                rate_bps=policy.rate_bps * self.link_share,
-                unmarked_share=self.unmarked_share,
-                queue_packets=self.queue_packets,
-                by_dscp=self.direction == "ingress",
-            )
+            tree = self._plan(policy)
         except PolicyError as error:
-            if self.direction == "egress" or error.value != 0:
+            if not self._tells_no_classes(error):
                 raise
             await self.restore()
             return self._become(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -24,6 +25,8 @@ DAEMONS: Final = {
     "gpu": "intentd.daemons.gpu.daemon",
     "proxy": "intentd.proxy.daemon",
 }
+
+RELOAD_TIMEOUT_S: Final = 660.0  # longer than the longest window
 
 RoleArgument = Annotated[str, typer.Argument(help="controller, sequencer, agent, gpu or proxy")]
 
@@ -137,13 +140,51 @@ def config(
 
 
 @app.command("reload")
-def reload(role: RoleArgument, as_json: JsonOption = False) -> None:
+def reload(
+    role: Annotated[str, typer.Argument(help="controller, sequencer, agent, gpu or proxy")] = "",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every daemon that runs on this machine.")
+    ] = False,
+    confirm: Annotated[
+        bool,
+        typer.Option(
+            "--confirm",
+            help="Wait until the new configuration has kept the daemon ready for its window "
+            "(reload.window_s); fail when it has not, and the last good one runs again.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Reload a daemon's configuration and wait for the outcome; a refusal says why."""
-    answer = admin_client(role).call("reload")
+    if bool(role) == everything:
+        raise InputError("role", role or None, "one role, or --all")
+    if role and role not in DAEMONS:
+        raise ConfigError("role", role, f"one of {', '.join(DAEMONS)}")
+    roles = running_roles() if everything else [role]
+    if not roles:
+        fail("no daemon runs here", ExitCode.UNREACHABLE)
+    with ThreadPoolExecutor(len(roles)) as pool:  # their windows pass side by side
+        outcomes = dict(zip(roles, pool.map(lambda one: _reload(one, confirm), roles), strict=True))
     if as_json:
-        print_json(answer)
-    else:
-        print(f"{role}: reloaded, generation {answer['generation']}")
+        documents = [{"role": name, **document} for name, (_, document) in outcomes.items()]
+        print_json(documents if everything else documents[0])
+    for name, (_, document) in outcomes.items():
+        if not document["ok"]:
+            message(f"intentctl: {name}: {document['error']}")
+        elif not as_json:
+            kept = ", confirmed" if confirm else ""
+            print(f"{name}: reloaded, generation {document['generation']}{kept}")
+    raise typer.Exit(max(int(code) for code, _ in outcomes.values()))
+
+
+def _reload(role: str, confirm: bool) -> tuple[ExitCode, dict[str, Any]]:
+    try:
+        answer = admin_client(role, timeout_s=RELOAD_TIMEOUT_S).call("reload", confirm=confirm)
+    except AdminUnreachableError as error:
+        return ExitCode.UNREACHABLE, {"ok": False, "error": str(error)}
+    except IntentdError as error:
+        return ExitCode.FAILED, {"ok": False, "error": str(error)}
+    return ExitCode.OK, {"ok": True, **answer}
 
 
 @app.command("dump")

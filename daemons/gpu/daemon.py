@@ -51,6 +51,16 @@ class GpuDaemon(Daemon[GpuConfig]):
 
     role: ClassVar[str] = "gpu"
     config_model = GpuConfig
+    fixed: ClassVar[tuple[str, ...]] = (
+        "jobs.executor",
+        "jobs.nodes",
+        "jobs.policy",
+        "jobs.launcher",
+        "jobs.launcher_dir",
+        "ray",
+        "output.max_bytes",
+        "controller.enabled",
+    )
 
     def __init__(self, config: GpuConfig, kit: Kit) -> None:
         super().__init__(config, kit)
@@ -96,28 +106,19 @@ class GpuDaemon(Daemon[GpuConfig]):
 
     async def reload(self, config: GpuConfig) -> None:
         """Quotas, profiles, costs, bounds; nodes and executor need a restart."""
-        for name in ("executor", "nodes", "launcher", "launcher_dir"):
-            if getattr(config.jobs, name) != getattr(self.config.jobs, name):
-                raise ConfigError(f"jobs.{name}", "changed", "a restart to change it")
-        if config.ray != self.config.ray:
-            raise ConfigError("ray", "changed", "a restart to change it")
-        if config.output.max_bytes != self.config.output.max_bytes:
-            raise ConfigError("output.max_bytes", "changed", "a restart to change it")
         scheduler = self.scheduler
-        if scheduler is None:
-            return
+        assert scheduler is not None, "before start"
         costs, rules = config.costs.costs(), config.jobs.rules(config.costs.hold_growth_s)
+        service = Service(scheduler, config.jobs.profiles, multi_user=bool(config.jobs.launcher))
 
         def take(ledger: Ledger, now: float) -> list[Instruction]:
             ledger.costs, ledger.rules = costs, rules
             return []
 
-        scheduler.post(take, "configuration reloaded")
-        self.service = Service(
-            scheduler, config.jobs.profiles, multi_user=bool(config.jobs.launcher)
-        )
         if self._link is not None:
             self._link.reconfigure(config.controller)
+        scheduler.post(take, "configuration reloaded")
+        self.service = service
 
     async def stop(self) -> None:
         """Jobs go on: the next daemon takes them up again."""

@@ -33,6 +33,7 @@ STATUS_PORTS: Final = {
 CONTROLLER_ENDPOINT: Final = "tcp://127.0.0.1:7400"
 ZMQ_ADDRESS: Final = r"^(tcp|ipc)://.+"
 ZMQ_ADDRESS_OR_NONE: Final = r"^((tcp|ipc)://.+)?$"
+MAX_FILE_BYTES: Final = 8 << 20
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}\Z")
 
 # An empty field name: the loader puts the path in front.
@@ -216,6 +217,24 @@ class HubSection(Section):
         return self
 
 
+class ReloadSection(Section):
+    """How a reloaded configuration proves itself."""
+
+    window_s: Duration = Field(
+        default=30.0,
+        description="A daemon that was ready, and within this time of a reload is not any more, "
+        "returns to the last good configuration. 0: never.",
+        ge=0,
+        le=600,
+    )
+    grace_s: Duration = Field(
+        default=2.0,
+        description="How long it may be unready meanwhile before that counts.",
+        ge=0,
+        le=600,
+    )
+
+
 class CommonConfig(Section):
     """What every daemon's file may hold; a role's model adds its own fields and sections."""
 
@@ -248,6 +267,7 @@ class CommonConfig(Section):
     log: LogSection = Field(default=LogSection(), description="Log output.")
     status: StatusSection = Field(default=StatusSection(), description="HTTP status endpoint.")
     admin: AdminSection = Field(default=AdminSection(), description="Admin socket.")
+    reload: ReloadSection = Field(default=ReloadSection(), description="Reload.")
 
     @model_validator(mode="before")
     @classmethod
@@ -310,16 +330,35 @@ def load_config(model: type[M], path: Path | None, environ: Mapping[str, str]) -
 
     Raises InvalidConfigError with every error, each with its path such as ``classes[2].weight``.
     """
-    table: dict[str, Any] = {}
-    if path is not None:
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InvalidConfigError(
-                [ConfigError("file", error.strerror, "a readable file")]
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidConfigError([ConfigError("file", str(error), "a TOML file")]) from None
+    return parse_config(model, read_source(path), environ)
+
+
+def read_source(path: Path | None) -> bytes:
+    """A configuration file's bytes, bounded. Raises InvalidConfigError."""
+    if path is None:
+        return b""
+    try:
+        with path.open("rb") as file:
+            source = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InvalidConfigError([ConfigError("file", error.strerror, "a readable file")]) from None
+    if len(source) > MAX_FILE_BYTES:
+        expected = f"at most {MAX_FILE_BYTES} bytes"
+        raise InvalidConfigError([ConfigError("file", "more", expected)])
+    return source
+
+
+def parse_table(source: bytes) -> dict[str, Any]:
+    """The TOML table of a file's bytes. Raises InvalidConfigError."""
+    try:
+        return tomllib.loads(source.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOML's and UTF-8's errors are ValueErrors
+        raise InvalidConfigError([ConfigError("file", str(error), "a TOML file")]) from None
+
+
+def parse_config(model: type[M], source: bytes, environ: Mapping[str, str]) -> M:
+    """As load_config, of the file's bytes."""
+    table = parse_table(source)
     _override(table, model, environ)
     return validate(model, table)
 

@@ -182,18 +182,28 @@ class HubLink:
             await asyncio.get_running_loop().run_in_executor(None, context.term)
 
     def reconfigure(self, section: HubSection) -> None:
-        """Take new intervals, limits and allow list; the address and key need a restart."""
+        """Take new intervals, limits and allow list. Raises IntentdError, and changes nothing."""
+        self.prepare(section)()
+
+    def prepare(self, section: HubSection) -> Callable[[], None]:
+        """Check a section and read its files; calling the result swaps. Raises IntentdError."""
         for name in ("bind", "key_file"):
             if getattr(section, name) != getattr(self._section, name):
                 raise ConfigError(f"hub.{name}", getattr(section, name), "a restart to change it")
-        if self._zap is not None:
-            self._allowed = read_allow_list(Path(section.allow_file))
-            self._zap.allow(self._allowed)
+        allowed = read_allow_list(Path(section.allow_file)) if self._zap is not None else None
+
+        def swap() -> None:
+            self._section = section
+            if self._zap is None or allowed is None:
+                return
+            self._allowed = allowed
+            self._zap.allow(allowed)
             for member in self.members():
                 if member.connected and self._forbidden(member.curve_key, member.role, member.name):
                     self._refuse(member.identity, "this key was revoked", "denied_key")
                     self._remove(member, "key revoked")
-        self._section = section
+
+        return swap
 
     def publish(self, policy: NumberedPolicy) -> None:
         """Make this the newest policy of its application and send it to the members it is for.

@@ -4,7 +4,8 @@
 
 - SIGTERM, SIGINT: stop accepting, drain until ``drain_timeout_s``, undo host state, exit 0; a
   second one exits at once;
-- SIGHUP: reload; a wrong configuration is refused whole, the old one stays;
+- SIGHUP: reload (``reloading``); a wrong configuration is refused whole, the old one stays, and
+  status says what became of it;
 - SIGUSR1: the daemon's state as JSON into the log.
 
 A task that ends in an exception is a programmer error: it is logged with its traceback, what the
@@ -33,17 +34,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import intentd
-from intentd.core.errors import ConfigError, IntentdError
+from intentd.core.errors import IntentdError
 from intentd.daemons.kit.admin import AdminRefusedError, AdminServer
 from intentd.daemons.kit.clock import Clock, SystemClock
 from intentd.daemons.kit.config import (
     CommonConfig,
     InvalidConfigError,
     default_config_path,
-    load_config,
+    parse_config,
+    read_source,
 )
+from intentd.daemons.kit.generations import Generations
 from intentd.daemons.kit.logs import configure_logging
 from intentd.daemons.kit.metrics import Metrics
+from intentd.daemons.kit.reloading import Reloader
 from intentd.daemons.kit.status import StatusServer
 from intentd.daemons.kit.systemd import Notifier
 from intentd.daemons.kit.watchdog import Watchdog
@@ -108,7 +112,6 @@ class Kit:
     config_path: Path | None = None
     notifier: Notifier = field(default_factory=Notifier)
     link: MemberLink | HubLink | None = None
-    generation: int = 1
     _stop: Callable[[str], None] | None = None
 
     def request_stop(self, reason: str) -> None:
@@ -122,6 +125,8 @@ class Daemon(Generic[C]):
 
     role: ClassVar[str]
     config_model: ClassVar[type[CommonConfig]]
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Dotted paths of settings that a reload cannot change; the lifecycle refuses such a file."""
 
     def __init__(self, config: C, kit: Kit) -> None:
         self.config = config
@@ -131,7 +136,8 @@ class Daemon(Generic[C]):
         """Acquire what is needed and start named tasks. Raise IntentdError to give up, clearly."""
 
     async def reload(self, config: C) -> None:
-        """Take a validated configuration. Raise IntentdError to refuse it: change nothing then.
+        """Take a validated configuration: build all of it, then swap. Raise IntentdError to refuse
+        it, and then leave everything as it was.
 
         On return the lifecycle sets ``self.config`` to the new one.
         """
@@ -173,17 +179,32 @@ class Lifecycle(Generic[C]):
     """Runs one daemon object from start to stop inside the loop."""
 
     def __init__(
-        self, daemon_class: type[Daemon[C]], config: C, kit: Kit, load: Callable[[], C]
+        self,
+        daemon_class: type[Daemon[C]],
+        config: C,
+        kit: Kit,
+        read: Callable[[], tuple[C, bytes]],
+        source: bytes = b"",
     ) -> None:
+        """read: the configuration as it is now, and the file it comes from. source: that of
+        config."""
         self.kit = kit
         self.daemon = daemon_class(config, kit)
-        self._load = load
+        self._reloader = Reloader(
+            Generations(config.state_dir, config.role, config, source, kit.clock.wall),
+            clock=kit.clock,
+            metrics=kit.metrics,
+            notifier=kit.notifier,
+            fixed=daemon_class.fixed,
+            read=read,
+            swap=self._swap,
+            unready=self.daemon.unready,
+        )
         self._started_s = kit.clock.now()
         self._started_wall_s = kit.clock.wall()
         self._stopping = asyncio.Event()
         self._stop_reason = ""
         self._crash: BaseException | None = None
-        self._reloading = asyncio.Lock()
         self._begun = False
         self._serving = False
         self._tasks = Tasks()
@@ -258,6 +279,7 @@ class Lifecycle(Generic[C]):
         self._begun = True
         await self.daemon.start(self._tasks)
         self._serving = True
+        self._reloader.start(self._tasks)
         kit.metrics.ready.set_function(lambda: float(not self.unready()))
         gc.collect()
         gc.freeze()  # start-up objects live for ever: never scan them again
@@ -274,6 +296,7 @@ class Lifecycle(Generic[C]):
 
     async def _drain(self) -> None:
         self._serving = False
+        self._reloader.stop()
         deadline_s = self.config.drain_timeout_s
         _log.info("stopping", extra={"reason": self._stop_reason, "drain_timeout_s": deadline_s})
         self.kit.notifier.stopping()
@@ -322,8 +345,8 @@ class Lifecycle(Generic[C]):
             self._tasks.create_task(self._reload_quietly(), name="reload")
 
     async def _reload_quietly(self) -> None:
-        with contextlib.suppress(IntentdError):  # logged and counted where it happened
-            await self.reload()
+        with contextlib.suppress(IntentdError):  # logged, counted and shown in status
+            await self.reload("SIGHUP")
 
     def log_dump(self) -> None:
         document = {
@@ -345,29 +368,11 @@ class Lifecycle(Generic[C]):
 
     # -- reload ----------------------------------------------------------------------------
 
-    async def reload(self) -> dict[str, Any]:
-        """Parse, validate, build, swap. Raises IntentdError with the reason; the old one stays."""
-        async with self._reloading:
-            self.kit.notifier.reloading()
-            try:
-                config = self._load()
-                self._refuse_fixed(config)
-                await self._swap(config)
-            except BaseException as error:
-                # The manager waits for READY whatever happened; a defect then takes its own way.
-                self.kit.metrics.reloads.labels("refused").inc()
-                _log.error("reload refused", extra={"error": str(error)})
-                self.kit.notifier.ready(f"reload refused: {error}")
-                raise
-            self.daemon.config = config
-            self.kit.generation += 1
-            self.kit.metrics.reloads.labels("applied").inc()
-            configure_logging(
-                config.log.level, config.log.format, log_context(config), journal=journal()
-            )
-            _log.info("reloaded", extra={"generation": self.kit.generation})
-            self.kit.notifier.ready(f"{config.role} {config.name} runs")
-            return {"generation": self.kit.generation}
+    async def reload(self, by: str, *, confirm: bool = False) -> dict[str, Any]:
+        """Raises IntentdError with the reason; the old configuration then runs (on)."""
+        if not self._serving:
+            raise IntentdError("reload: " + "; ".join(self.unready()))
+        return await self._reloader.reload(by, confirm=confirm)
 
     async def _swap(self, config: C) -> None:
         """Hand the new configuration to endpoint and role; both keep the old if either refuses."""
@@ -379,19 +384,10 @@ class Lifecycle(Generic[C]):
             if self._status is not None:
                 self._status.set_tokens(self.config.status.tokens)
             raise
-
-    def _refuse_fixed(self, config: C) -> None:
-        """Settings that name the process itself cannot change under it."""
-        for name in ("name", "host", "state_dir", "run_dir", "admin"):
-            if getattr(config, name) != getattr(self.config, name):
-                raise ConfigError(name, getattr(config, name), "the value it started with: restart")
-        if (config.status.bind, config.status.enabled) != (
-            self.config.status.bind,
-            self.config.status.enabled,
-        ):
-            raise ConfigError(
-                "status.bind", config.status.bind, "the address it started with: restart"
-            )
+        self.daemon.config = config
+        configure_logging(
+            config.log.level, config.log.format, log_context(config), journal=journal()
+        )
 
     # -- status ----------------------------------------------------------------------------
 
@@ -417,7 +413,8 @@ class Lifecycle(Generic[C]):
             "uptime_s": round(kit.clock.now() - self._started_s, 3),
             "ready": not reasons,
             "reasons": reasons,
-            "generation": kit.generation,
+            "generation": self._reloader.generations.number,
+            "reload": self._reloader.generations.to_plain(),
             "config_path": str(kit.config_path) if kit.config_path else "",
             "status_address": self._status.address if self._status else "",
             "policies": self.daemon.policies(),
@@ -437,7 +434,7 @@ class Lifecycle(Generic[C]):
                 reasons = self.unready()
                 return {"ready": not reasons, "reasons": reasons}
             case "reload":
-                return await self.reload()
+                return await self.reload("intentctl", confirm=bool(args.get("confirm", False)))
             case "config":
                 return self.config.model_dump(mode="json")
             case "metrics":
@@ -537,11 +534,12 @@ def run_daemon(daemon_class: type[Daemon[Any]], argv: Sequence[str] | None = Non
     if path is None and default_config_path(role).exists():
         path = default_config_path(role)
 
-    def load() -> Any:
-        return load_config(model, path, os.environ)
+    def read() -> tuple[Any, bytes]:
+        source = read_source(path)
+        return parse_config(model, source, os.environ), source
 
     try:
-        config = load()
+        config, source = read()
     except InvalidConfigError as error:
         origin = path or "environment"
         for item in error.errors:
@@ -555,7 +553,7 @@ def run_daemon(daemon_class: type[Daemon[Any]], argv: Sequence[str] | None = Non
     kit = Kit(role, config_path=path, notifier=Notifier.from_environment(os.environ))
 
     async def main() -> int:
-        return await Lifecycle(daemon_class, config, kit, load).run()
+        return await Lifecycle(daemon_class, config, kit, read, source).run()
 
     import uvloop  # not needed to check a configuration
 

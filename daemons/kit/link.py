@@ -142,16 +142,18 @@ class MemberLink:
             await asyncio.get_running_loop().run_in_executor(None, context.term)
 
     def reconfigure(self, section: ControllerSection) -> None:
-        """Take a changed section: checked first, then connected anew. Raises IntentdError."""
+        """Take a changed section: connected anew, then swapped. Raises IntentdError and changes
+        nothing."""
         if section == self._section:
             return
         if section.enabled != self._section.enabled:
             raise ConfigError("controller.enabled", section.enabled, "a restart to change it")
-        self._keys = _client_keys(section)
-        self._section = section
-        if self._stream is not None:
+        keys = _client_keys(section)
+        fresh = self._connect(section, keys) if self._stream is not None else None
+        self._keys, self._section = keys, section
+        if fresh is not None:
             self._close()
-            self._open()
+            self._use(*fresh)
             self._enter(LinkState.GREETING)
             self._news.set()
 
@@ -189,31 +191,39 @@ class MemberLink:
     # -- connection --------------------------------------------------------------------------
 
     def _open(self) -> None:
-        section = self._section
+        self._use(*self._connect(self._section, self._keys))
+
+    def _connect(
+        self, section: ControllerSection, keys: tuple[CurveKeys, bytes] | None
+    ) -> tuple[HandshakeWatch, ZmqStream]:
+        """A socket that connects, not read yet. Raises IntentdError."""
         if self._context is None:
             self._context = zmq.Context(1)
         socket = self._context.socket(zmq.DEALER)
+        watch: HandshakeWatch | None = None
         try:
             limit_socket(socket, section.endpoint)
             socket.setsockopt(zmq.RECONNECT_IVL, max(1, int(section.backoff_min_s * 1000)))
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, max(1, int(section.backoff_max_s * 1000)))
-            if self._keys is not None:
-                secure_client(socket, *self._keys)
-            self._watch = HandshakeWatch(
-                socket, encrypted=self._keys is not None, on_refused=self._no_handshake
+            if keys is not None:
+                secure_client(socket, *keys)
+            watch = HandshakeWatch(
+                socket, encrypted=keys is not None, on_refused=self._no_handshake
             )
             socket.connect(section.endpoint)
-        except zmq.ZMQError as error:
-            self._unwatch()
+        except BaseException as error:
+            if watch is not None:
+                watch.stop()
             socket.close(linger=0)
-            raise IntentdError(f"controller.endpoint: {section.endpoint}: {error}") from None
-        except BaseException:
-            self._unwatch()
-            socket.close(linger=0)
+            if isinstance(error, (zmq.ZMQError, OverflowError)):
+                raise IntentdError(f"controller.endpoint: {section.endpoint}: {error}") from None
             raise
-        self._stream = ZmqStream(socket, self._received)
-        self._stream.start()
-        self._watch.start()
+        return watch, ZmqStream(socket, self._received)
+
+    def _use(self, watch: HandshakeWatch, stream: ZmqStream) -> None:
+        self._watch, self._stream = watch, stream
+        stream.start()
+        watch.start()
         self._shut_out = False
 
     def _close(self) -> None:

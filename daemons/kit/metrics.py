@@ -29,6 +29,9 @@ class Metrics:
         self.reloads = self.counter(
             "reloads_total", "Configuration reloads, by outcome.", ("outcome",)
         )
+        self.generation = self.gauge(
+            "config_generation", "Number of the configuration this daemon runs."
+        )
         self.errors = self.counter(
             "errors_total", "Errors that were handled and logged, by place.", ("place",)
         )

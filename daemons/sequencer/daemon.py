@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 
 import zmq
 
-from intentd.core.errors import ConfigError, WireError
+from intentd.core.errors import WireError
 from intentd.core.flows.fin import FinVerifier
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.sequencer import SequencerCore
@@ -35,6 +35,7 @@ class SequencerDaemon(Daemon[SequencerConfig]):
 
     role: ClassVar[str] = "sequencer"
     config_model = SequencerConfig
+    fixed: ClassVar[tuple[str, ...]] = ("turns", "fin", "controller.enabled")
 
     def __init__(self, config: SequencerConfig, kit: Kit) -> None:
         super().__init__(config, kit)
@@ -78,14 +79,14 @@ class SequencerDaemon(Daemon[SequencerConfig]):
 
     async def reload(self, config: SequencerConfig) -> None:
         """The allow list and the controller; ids and sockets need a restart."""
-        for name in ("turns", "fin"):
-            if getattr(config, name) != getattr(self.config, name):
-                raise ConfigError(name, "changed", "a restart to change it")
+        allowed = None
         if self._zap is not None:
-            self._allowed = read_allow_list(Path(config.turns.allow_file))
-            self._zap.allow(self._allowed)
+            allowed = read_allow_list(Path(config.turns.allow_file))
         if self._link is not None:
             self._link.reconfigure(config.controller)
+        if self._zap is not None and allowed is not None:
+            self._allowed = allowed
+            self._zap.allow(allowed)
 
     async def stop(self) -> None:
         if self._link is not None:

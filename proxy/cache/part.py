@@ -79,11 +79,6 @@ class CachePart:
         tasks.create_task(self.prefetcher.run(), name="prefetch")
         tasks.create_task(self._age(), name="cache hits")
 
-    def check(self, section: CacheSection) -> None:
-        """Raises ConfigError for a change that needs a restart."""
-        if _built_from(section) != _built_from(self.section):
-            raise ConfigError("cache", "changed", "a restart to change semantic, embedder or gate")
-
     def reload(self, section: CacheSection) -> None:
         """Take new bounds."""
         self.section = self.cache.section = self.prefetcher.section = section
@@ -216,10 +211,3 @@ def _minilm(model_file: str) -> Any:
     from intentd.proxy.minilm import MiniLM
 
     return MiniLM(Path(model_file) if model_file else None)
-
-
-def _built_from(section: CacheSection) -> tuple[object, ...]:
-    return (
-        section.enabled, section.semantic, section.embedder_model, section.model_file,
-        section.gate_file,
-    )  # fmt: skip

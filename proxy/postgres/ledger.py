@@ -146,7 +146,7 @@ class SharedLedger:
         self._clock = clock
         self._owner = owner
         self._name = name
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._open: set[str] = set()
         self._next = _Batch()
         self._doubtful: _Batch | None = None  # failed, perhaps after its commit
@@ -222,7 +222,7 @@ class SharedLedger:
             day.add(sums)
 
     def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
-        if self._max_rows == 0:
+        if self.max_rows == 0:
             return
         if len(self._next.requests) >= MAX_UNWRITTEN:
             self.dropped_records += 1
@@ -353,7 +353,7 @@ class SharedLedger:
                 self._since_prune += len(batch.requests)
                 if self._since_prune >= PRUNE_EVERY:
                     self._since_prune = 0
-                    await db.execute(_PRUNE_REQUESTS, self._max_rows)
+                    await db.execute(_PRUNE_REQUESTS, self.max_rows)
 
     async def _write_accounts(self, db: Any, batch: _Batch) -> None:
         """What ended first, then what wants to begin, in the order it was asked."""

@@ -155,7 +155,7 @@ class SharedState:
 
     def reload(self, config: ProxyConfig) -> None:
         self.turns.section = config.conversations
-        self.feedback_rows.max_rows = config.records.max_rows
+        self.books.max_rows = self.feedback_rows.max_rows = config.records.max_rows
 
     def unready(self) -> list[str]:
         return [self.database.failure] if self.database.failure else []

@@ -21,6 +21,7 @@ class ToySection(Section):
     """What the toy does."""
 
     greeting: str = Field(default="hello", description="What it says.")
+    unready: str = Field(default="", description="Why it is not ready.")
     drain_s: float = Field(default=0.0, description="How long it takes to drain.", ge=0)
 
 
@@ -62,6 +63,9 @@ class Toy(Daemon[ToyConfig]):
     async def stop(self) -> None:
         self._mark.unlink(missing_ok=True)
         await self.link.stop()
+
+    def unready(self) -> list[str]:
+        return [self.config.toy.unready] if self.config.toy.unready else []
 
     def status(self) -> dict[str, Any]:
         return {"greeting": self.config.toy.greeting}

@@ -182,6 +182,45 @@ def test_reload_swaps_or_keeps_the_old(process: Process) -> None:
     assert 'intentd_reloads_total{outcome="applied"} 1.0' in metrics
 
 
+def test_a_reload_that_loses_readiness_is_taken_back(process: Process) -> None:
+    process.start().ready()
+    process.write('[reload]\ngrace_s = 0\n[toy]\ngreeting = "salut"\nunready = "it broke"\n')
+    process.signal(signal.SIGHUP)
+    process.notified("RELOADING")
+    process.notified("RELOADING")  # and back
+    told = process.ready_status()
+    assert told == "generation 2 lost readiness: it broke; 1 runs again"
+    status = process.admin.call("status")
+    assert status["detail"] == {"greeting": "hello"}
+    assert (status["generation"], status["ready"]) == (3, True)
+    shown = status["reload"]
+    assert (shown["outcome"], shown["by"], shown["reason"]) == ("returned", "SIGHUP", told)
+    with pytest.raises(AdminRefusedError, match="generation 4 lost readiness: it broke; 3 runs"):
+        process.admin.call("reload", confirm=True)
+    process.write('[reload]\nwindow_s = 0\n[toy]\ngreeting = "salut"\n')
+    assert process.admin.call("reload", confirm=True) == {"generation": 6, "on_trial": False}
+    process.signal(signal.SIGKILL)
+    process.wait()
+    process.start()
+    while process.notified("READY")["MAINPID"] != str(process.popen.pid):
+        pass
+    assert process.admin.call("status")["generation"] == 6
+    kept = process.directory / "state" / "agent.good.toml"
+    assert kept.read_bytes() == process.config.read_bytes()
+
+
+def test_the_outcome_of_a_signal_is_in_status(process: Process) -> None:
+    process.start().ready()
+    process.write('[toy]\ngreeting = "defect"\n')
+    process.signal(signal.SIGHUP)
+    process.notified("RELOADING")
+    assert "internal error: ZeroDivisionError" in process.ready_status()
+    shown = process.admin.call("status")["reload"]
+    assert (shown["outcome"], shown["by"]) == ("refused", "SIGHUP")
+    assert "a programmer error" in shown["reason"]
+    assert process.popen.poll() is None
+
+
 def test_usr1_writes_the_state_into_the_log(process: Process) -> None:
     process.environ["INTENTD_AGENT__LOG__FORMAT"] = "json"
     process.start().ready()

@@ -94,7 +94,7 @@ def test_the_units_say_what_they_must(unit: Path) -> None:
     if role in ("gpu-launcher", "ray"):  # not our frame
         return
     assert found["Type"] == "notify"
-    assert found["ExecReload"].endswith(f"intentctl reload {role}")
+    assert found["ExecReload"].endswith(f"intentctl reload --confirm {role}")
     assert found["WatchdogSec"]
     assert found["CapabilityBoundingSet"] == ("CAP_NET_ADMIN" if role == "agent" else "")
     assert found["AmbientCapabilities"] == found["CapabilityBoundingSet"]

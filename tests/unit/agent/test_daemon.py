@@ -26,6 +26,7 @@ from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import ControllerSection, HubSection, validate
 from intentd.daemons.kit.hub import HubLink
 from intentd.daemons.kit.lifecycle import Kit, Tasks
+from intentd.daemons.kit.reloading import refuse_fixed
 
 INF = float("inf")
 
@@ -206,8 +207,8 @@ async def test_reload_keeps_gates_that_did_not_change(site: Site) -> None:
     assert sorted(status) == ["new", "up"]
     assert status["up"]["classes"][0]["active"] == 1
     assert [row["threshold_bytes"] for row in status["new"]["classes"]] == [7000.0, None]
-    with pytest.raises(ConfigError, match="recent_flows: got 'changed', expected a restart"):
-        await daemon.reload(site.config(recent_flows=1))
+    with pytest.raises(ConfigError, match="recent_flows: got 1, expected the value it started"):
+        refuse_fixed(daemon.config, site.config(recent_flows=1), daemon.fixed)
     await held.close()
     aflows.close()
 

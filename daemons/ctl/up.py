@@ -1,8 +1,9 @@
 """``intentctl up`` and ``down``: the whole suite on this machine, from one terminal.
 
-``up`` starts controller, sequencer, agent and GPU scheduler as children with embedded defaults,
-restarts one that dies, and stops all at Ctrl-C. ``--detach`` leaves a supervisor with them behind;
-``down`` stops what it recorded (process id and start time), and nothing else; jobs go on.
+``up`` starts controller, sequencer, agent, GPU scheduler and, where there is a model for it, proxy
+as children with embedded defaults, restarts one that dies, and stops all at Ctrl-C. ``--detach``
+leaves a supervisor with them behind; ``down`` stops what it recorded (process id and start time),
+and nothing else; jobs go on.
 """
 
 from __future__ import annotations
@@ -58,6 +59,18 @@ def up(
         int, typer.Option(help="First of the ports the suite takes.", min=1024, max=65000)
     ] = 7400,
     out_dir: Annotated[Path, typer.Option(help="Where the main job writes.")] = Path("results/up"),
+    live: Annotated[
+        bool, typer.Option("--live", help="A light load of flows, jobs and prompts beside it.")
+    ] = False,
+    small_model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A model server (examples/small_model/server.py) to run behind the proxy.",
+            exists=True,
+            dir_okay=False,
+            resolve_path=True,
+        ),
+    ] = None,
     supervise: Annotated[bool, typer.Option("--supervise", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,6 +80,8 @@ def up(
         state_dir or default_state_dir() / "up",
         config_dir,
         port_base,
+        live,
+        small_model,
     )
     if supervise:
         raise typer.Exit(asyncio.run(_keep(layout, as_json=False, announce=False)))
@@ -100,9 +115,15 @@ def _refuse_second(layout: Layout) -> None:
         )
 
 
+def _roles(layout: Layout) -> tuple[str, ...]:
+    """The proxy only where it has a model to ask: without one it would never be ready."""
+    asked = layout.small_model is not None or layout.config_of("proxy") is not None
+    return (*ROLES, "proxy") if asked else ROLES
+
+
 async def _keep(layout: Layout, *, as_json: bool, announce: bool, job: Any = None) -> int:
     """Run the suite in this process until a signal; exit status of the command."""
-    supervisor = Supervisor(layout, ROLES, DAEMONS, sys.stderr)
+    supervisor = Supervisor(layout, _roles(layout), DAEMONS, sys.stderr)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -236,6 +257,10 @@ def _start_supervisor(layout: Layout) -> subprocess.Popen[bytes]:
     command += [f"--port-base={layout.port_base}"]
     if layout.config_dir is not None:
         command.append(f"--config-dir={layout.config_dir}")
+    if layout.live:
+        command.append("--live")
+    if layout.small_model is not None:
+        command.append(f"--small-model={layout.small_model}")
     layout.record.unlink(missing_ok=True)
     with layout.log.open("ab") as log:
         return subprocess.Popen(

@@ -122,6 +122,45 @@ def test_up_detached_restarts_and_down(suite: Suite) -> None:
     assert "nothing to stop" in suite.ctl("down").stdout
 
 
+MODEL = """
+import sys
+from aiohttp import web
+
+async def chat(request):
+    words = {"role": "assistant", "content": "Rain is water that falls."}
+    usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+    choice = {"index": 0, "message": words, "finish_reason": "stop"}
+    return web.json_response({"id": "x", "object": "chat.completion", "created": 1, "model": "m",
+                              "choices": [choice], "usage": usage})
+
+app = web.Application()
+app.router.add_post("/v1/chat/completions", chat)
+web.run_app(app, host="127.0.0.1", port=int(sys.argv[sys.argv.index("--port") + 1]), print=None)
+"""
+
+
+def test_a_live_load_shows_flows_jobs_and_prompts(suite: Suite, tmp_path: Path) -> None:
+    program = tmp_path / "model.py"
+    program.write_text(MODEL)
+    started = suite.up("--detach", "--live", f"--small-model={program}")
+    assert started.returncode == 0, started.stderr
+
+    def seen() -> bool:
+        flows = json.loads(suite.ctl("flows", "show", "--json").stdout or "{}")
+        jobs = json.loads(suite.ctl("jobs", "list", "--json").stdout or "{}")
+        spend = json.loads(suite.ctl("prompts", "spend", "--json").stdout or "{}")
+        found.update(flows=flows, jobs=jobs, spend=spend)
+        finished = [one["finished"] for one in flows.get("domains", [])]
+        return bool(sum(finished) > 0 and jobs.get("jobs") and spend.get("rows"))
+
+    found: dict[str, Any] = {}
+    suite.until(seen, "all three systems have something to show")
+    record = suite.record()
+    assert {"model", "live", "proxy"} <= record["children"].keys()
+    assert suite.ctl("down").returncode == 0
+    assert not any(alive(child) for child in record["children"].values())
+
+
 def test_down_stops_children_whose_supervisor_was_killed(suite: Suite) -> None:
     assert suite.up("--detach").returncode == 0
     record = suite.record()

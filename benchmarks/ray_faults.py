@@ -135,6 +135,7 @@ class Rounds:
                     epochs.append(epoch)
                     if min(abs(done - saved), abs(done - saving)) > 1e-5:
                         wrong.append(f"{name}: run {epoch} began with {done:g}, saved {saved:g}")
+                    saved = saving = done  # whichever of the two it was
                 elif kind == "saved":
                     saved = done
                 elif kind == "saving":  # may have been killed after it was saved

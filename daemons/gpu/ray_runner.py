@@ -6,7 +6,8 @@ JSON lines on standard input: ``{"start": {run, command, env, workdir, make_work
 ``{"stop": [RUN, SIGNAL, GRACE_S]}``, ``{"beat": LEASE_S}``; on standard output what became of it:
 ``started``, ``refused``, ``signalled``, ``exited``, each with its run ("JOB.EPOCH") and the
 wall-clock time, and ``output``. One command at a time. A slot is a Ray worker full of threads, in
-which forking is slow and may deadlock; this process has one thread and forks in a millisecond.
+which forking is slow and may deadlock; this process has one thread, and forks ahead: a child waits
+to become the next command, which then costs an exec.
 
 Nothing a command does outlives the slot: at the end of its input, or ``LEASE_S`` seconds after the
 last beat, the runner kills the command and all it left behind and ends. The command dies with the
@@ -23,7 +24,7 @@ import os
 import select
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
@@ -33,13 +34,103 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CHUNK = 1 << 16
 LINGER_S = 1.0  # how long output of what the command left behind is read
+HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GOING = b"+"  # a child's word that it has its order
+
+
+class Child:
+    """A child that waits to become a command: the fork and what comes before an exec lie behind
+    it. reader: where the command's output can be read."""
+
+    def __init__(self, libc: ctypes.CDLL) -> None:
+        ours, theirs = socket.socketpair()
+        self.reader, writer = os.pipe2(os.O_CLOEXEC)
+        self.status: int | None = None
+        self._link = ours
+        parent = os.getpid()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            ours.close()
+            os.close(self.reader)
+            raise
+        finally:
+            if os.getpid() == parent:
+                os.close(writer)
+                theirs.close()
+        if self.pid == 0:
+            try:
+                ours.close()
+                self._wait_for_order(theirs, writer, parent, libc)
+            finally:
+                os._exit(127)
+
+    def become(self, command: list[str], workdir: str, environment: dict[str, str]) -> None:
+        """Returns when the command runs. Raises OSError, ConnectionError if the child was gone
+        before it had its order; then there is no child any more."""
+        order = {"command": command, "workdir": workdir, "env": environment}
+        answer = b""
+        with self._link as link, contextlib.suppress(ConnectionError):
+            link.sendall(json.dumps(order).encode("ascii") + b"\n")
+            while piece := link.recv(CHUNK):
+                answer += piece
+        if answer == GOING:  # and then the exec closed the other end
+            return
+        self.discard()
+        if not answer:
+            raise ConnectionError(0, "it was killed")
+        raise OSError(0, answer.removeprefix(GOING).decode("utf-8", "replace"))
+
+    def poll(self) -> int | None:
+        """The status once it has ended, as subprocess says it."""
+        if self.status is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status
+
+    def discard(self) -> None:
+        """Ends one that did not become a command."""
+        self._link.close()
+        os.close(self.reader)
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+    @staticmethod
+    def _wait_for_order(link: socket.socket, writer: int, parent: int, libc: ctypes.CDLL) -> None:
+        """In the child. Returns only if there is no order, or it cannot be carried out."""
+        os.setsid()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            return
+        signal.set_wakeup_fd(-1)
+        for number in (*HEARD, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        line = b""
+        while not line.endswith(b"\n"):
+            piece = link.recv(CHUNK)
+            if not piece:
+                return
+            line += piece
+        order = json.loads(line)
+        link.sendall(GOING)
+        try:
+            os.chdir(order["workdir"])
+            os.execvpe(order["command"][0], order["command"], order["env"])  # noqa: S606  no shell
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            link.sendall(reason.encode("utf-8", "replace"))
 
 
 class Command:
     """One running command."""
 
-    def __init__(self, run: str, process: subprocess.Popen[bytes], reader: int) -> None:
-        self.run, self.process, self.reader = run, process, reader
+    def __init__(self, run: str, process: Child) -> None:
+        self.run, self.process, self.reader = run, process, process.reader
         self.kill_at = 0.0
         self.ended_s = 0.0  # wall clock
         self.linger = 0.0
@@ -57,6 +148,7 @@ class Runner:
         self.scratch = scratch
         self.command: Command | None = None
         self.refused: list[str] = []  # the last runs that were stopped before they started
+        self._next: Child | None = None
         self._input = b""
         self._lease_at = 0.0
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -64,8 +156,8 @@ class Runner:
         self._wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # the slot's end is ours, no signal; not SIG_IGN, which commands would inherit
+        for number in HEARD:
+            # the slot's end is ours, no signal
             signal.signal(number, lambda *_: None)
         self._poll = select.poll()
         self._poll.register(0, select.POLLIN)
@@ -79,6 +171,7 @@ class Runner:
 
     def loop(self) -> None:
         """Until the input ends or the lease runs out."""
+        self._prepare()
         while True:
             for descriptor, _ in self._poll.poll(self._patience_ms()):
                 if descriptor == self._wake:
@@ -97,10 +190,14 @@ class Runner:
 
     def end(self) -> None:
         """Kills whatever there is."""
+        if self._next is not None:
+            self._next.discard()
+            self._next = None
         if self.command is not None:
             self.command.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.command.process.wait(10)
+            until = time.monotonic() + 10
+            while self.command.process.poll() is None and time.monotonic() < until:
+                time.sleep(0.002)
         self._kill_adopted()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -137,48 +234,39 @@ class Runner:
             "INTENTD_PROGRESS": str(where / "progress.json"),
         }
         workdir = order["workdir"]
-        reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
             where.mkdir(mode=0o700, parents=True, exist_ok=True)
             if order["make_workdir"]:
                 Path(workdir).mkdir(mode=0o700, parents=True, exist_ok=True)
-            process = self._spawn(order["command"], workdir, environment, writer)
-        except (OSError, subprocess.SubprocessError) as error:
-            os.close(reader)
-            reason = getattr(error, "strerror", None) or str(error)
-            text = f"cannot run {order['command'][0]!r} in {workdir}: {reason}"
+            process = self._launch(order["command"], workdir, environment)
+        except OSError as error:
+            text = f"cannot run {order['command'][0]!r} in {workdir}: {error.strerror or error}"
             self.say("started", run, pid=0)
             self.say("exited", run, status=127, detail=text, ended_s=time.time())
+            self._prepare()
             return
-        finally:
-            os.close(writer)
-        self.command = Command(run, process, reader)
-        self._poll.register(reader, select.POLLIN)
+        self.command = Command(run, process)
+        self._poll.register(process.reader, select.POLLIN)
         self.say("started", run, pid=process.pid)
+        self._prepare()
         for entry in self.scratch.iterdir():  # of runs before
             if entry != where:
                 shutil.rmtree(entry, ignore_errors=True)
 
-    def _spawn(
-        self, command: list[str], workdir: str, environment: dict[str, str], writer: int
-    ) -> subprocess.Popen[bytes]:
-        parent, libc = os.getpid(), self._libc
+    def _prepare(self) -> None:
+        """Without a process to spare there is none: the next start will say so."""
+        if self._next is None:
+            with contextlib.suppress(OSError):
+                self._next = Child(self._libc)
 
-        def die_with_me() -> None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
-
-        return subprocess.Popen(
-            command,
-            cwd=workdir,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=writer,
-            stderr=writer,
-            start_new_session=True,
-            preexec_fn=die_with_me,  # noqa: PLW1509  no other thread exists here
-        )
+    def _launch(self, command: list[str], workdir: str, environment: dict[str, str]) -> Child:
+        child, self._next = self._next or Child(self._libc), None
+        try:
+            child.become(command, workdir, environment)
+        except ConnectionError:  # somebody killed it while it waited
+            child = Child(self._libc)
+            child.become(command, workdir, environment)
+        return child
 
     def _stop(self, run: str, number: int, grace_s: float) -> None:
         command = self.command
@@ -234,8 +322,9 @@ class Runner:
         for _ in range(200):
             listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             if command is not None and command.poll() is None:
-                command.kill()
-            left = [pid for pid in map(int, listed) if command is None or pid != command.pid]
+                os.kill(command.pid, signal.SIGKILL)
+            kept = {child.pid for child in (command, self._next) if child is not None}
+            left = [pid for pid in map(int, listed) if pid not in kept]
             if not left:
                 return
             for pid in left:

@@ -1,9 +1,9 @@
 """The turnstile: one change of the books after the other, on disk before anybody acts on it.
 
 Changes wait in a queue; all that wait are applied together, committed in one transaction, and
-only then acknowledged; then the books decide, the decision is committed, and its orders go out. A
-disk that refuses stops acknowledgements and decisions, not the jobs; it is tried again every
-second.
+only then acknowledged; then the books decide, the decision is committed, and its orders go out. If
+nobody waits for an acknowledgement both are one transaction. A disk that refuses stops
+acknowledgements and decisions, not the jobs; it is tried again every second.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Scheduler:
         self._unsaved_events: list[Event] = []
         self._facts: dict[str, Any] = {}
         self._orders: list[Instruction] = []
+        self._stored = True  # the last commit was
         self._causes: list[str] = []
         self._hit: dict[int, str] = {}  # jobs that lost work, and why: are predicted anew
         self._refreshed_s = 0.0
@@ -182,10 +183,13 @@ class Scheduler:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 done = self._apply(await self._take())
-                if not await self._commit():
-                    self._refuse(done)
-                    continue
-                await self._acknowledge(done)
+                # what an executor tells is stored together with what is decided on it
+                awaited = any(change.answer is not None for change, _ in done)
+                if awaited or not self._stored:
+                    if not await self._commit():
+                        self._refuse(done)
+                        continue
+                    await self._acknowledge(done)
                 began = time.perf_counter()
                 self._orders += self.ledger.decide(self.now())
                 self.decide_s = time.perf_counter() - began
@@ -250,7 +254,9 @@ class Scheduler:
             await self.store.store.run(lambda _store: self.store.commit(jobs, events, facts))
         except StoreError as error:
             _log.error("cannot store", extra={"error": str(error)})
+            self._stored = False
             return False
+        self._stored = True
         self._unsaved_jobs, self._unsaved_events, self._facts = {}, [], {}
         for job, plain in jobs:
             if plain["state"] in ("finished", "failed", "cancelled"):

@@ -103,6 +103,34 @@ def test_one_command_at_a_time(runner: Runner) -> None:
     assert runner.until("refused")["why"] == "another run is here"
 
 
+def test_what_cannot_run_says_why_and_the_next_runs(runner: Runner, tmp_path: Path) -> None:
+    runner.start("7.1", "no-such-program")
+    assert runner.until("started")["pid"] == 0
+    ended = runner.until("exited")
+    assert ended["status"] == 127
+    assert "cannot run 'no-such-program' in /: No such file" in ended["detail"]
+    runner.start("7.2", "true", workdir=str(tmp_path / "nowhere"))
+    assert "nowhere: No such file" in runner.until("exited")["detail"]
+    runner.start("7.3", "true")
+    assert runner.until("exited")["status"] == 0
+
+
+def test_a_waiting_child_that_was_killed_is_no_run_that_failed(runner: Runner) -> None:
+    runner.start("7.1", "sleep", "60")
+    pid = runner.until("started")["pid"]
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    until = time.monotonic() + 30
+    while len(known := children.read_text().split()) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    (waiting,) = {int(child) for child in known} - {pid}
+    runner.say(stop=["7.1", int(signal.SIGKILL), 0])
+    assert runner.until("exited")["status"] == -signal.SIGKILL
+    os.kill(waiting, signal.SIGKILL)
+    runner.start("7.2", "true")
+    assert runner.until("exited")["status"] == 0
+
+
 def test_what_left_its_session_is_ended_with_the_command(runner: Runner, tmp_path: Path) -> None:
     told = tmp_path / "pid"
     runner.start("1.1", "sh", "-c", f"setsid sh -c 'echo $$ > {told}; exec sleep 60' & sleep 0.5")

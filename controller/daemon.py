@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pwd
 import sys
 from typing import Any, ClassVar, Final
 
 from aiohttp import web
 
 from intentd.controller import flows_app, jobs_app, prompts_app
+from intentd.controller.alarms import find_alarms
 from intentd.controller.api import Api
 from intentd.controller.application import ApplicationTimers
+from intentd.controller.audit import AuditLog, Entry
 from intentd.controller.config import ControllerConfig
 from intentd.controller.flows_app import APPLICATION, FlowsApplication
 from intentd.controller.jobs_admin import JobsAdmin, author_of, integer, only
@@ -25,11 +28,11 @@ from intentd.controller.metrics import ControllerMetrics
 from intentd.controller.policies import MIGRATIONS, PolicyBook, StoredPolicy
 from intentd.controller.prompts_app import PromptsApplication
 from intentd.controller.registry import Registry, member_plain
-from intentd.core.errors import InputError
+from intentd.core.errors import InputError, IntentdError
 from intentd.core.flows.reports import domain_reports
 from intentd.core.messages import PolicyAck, Report
 from intentd.core.prompts import steering
-from intentd.daemons.kit.admin import AdminRefusedError
+from intentd.daemons.kit.admin import AdminRefusedError, peer_uid
 from intentd.daemons.kit.hub import HubLink, Member
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.store import Store
@@ -40,6 +43,17 @@ STORE: Final = "controller.sqlite3"
 WITNESS: Final = "controller.newest"
 PROBE_INTERVAL_S: Final = 10.0
 APPLICATIONS: Final = (flows_app.APPLICATION, jobs_app.APPLICATION, prompts_app.APPLICATION)
+# what goes into the audit log: command -> what of its arguments says what it was about
+CHANGES: Final = {
+    "policy_set": "document",
+    "policy_rollback": "number",
+    "policy_release": "application",
+    "pareto_set": "objectives",
+    "pareto_update": "evaluations",
+    "pareto_cancel": "",
+    "pareto_apply": "choice",
+}
+SIGNED: Final = frozenset({"policy_set", "policy_rollback", "pareto_apply"})  # name an author
 
 
 class Controller(Daemon[ControllerConfig]):
@@ -67,6 +81,7 @@ class Controller(Daemon[ControllerConfig]):
         self._jobs: JobsApplication | None = None
         self._prompts: PromptsApplication | None = None
         self._book: PolicyBook | None = None
+        self._audit: AuditLog | None = None
         self._timers: ApplicationTimers[Any, Any, Any, Any] | None = None
         self._jobs_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
         self._prompts_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
@@ -76,6 +91,7 @@ class Controller(Daemon[ControllerConfig]):
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         config, kit = self.config, self.kit
         self._store = Store(config.state_dir / STORE, MIGRATIONS)
+        self._audit = AuditLog(self._store, kit.clock.wall)
         self._book = PolicyBook(
             self._store,
             witness=config.run_dir / WITNESS,
@@ -193,6 +209,11 @@ class Controller(Daemon[ControllerConfig]):
         return self._book
 
     @property
+    def audit(self) -> AuditLog:
+        assert self._audit is not None, "before start"
+        return self._audit
+
+    @property
     def timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
         assert self._timers is not None, "before start"
         return self._timers
@@ -294,6 +315,12 @@ class Controller(Daemon[ControllerConfig]):
 
     def add_routes(self, app: web.Application) -> None:
         Api(self).add_routes(app)
+        try:
+            from intentd.controller.console.site import Console
+        except ModuleNotFoundError as error:  # a controller without the console's extra
+            _log.warning("no console", extra={"missing": error.name})
+            return
+        Console(self).add_routes(app)
 
     def status(self) -> dict[str, Any]:
         hold = self.book.hold(APPLICATION)
@@ -314,8 +341,10 @@ class Controller(Daemon[ControllerConfig]):
             for member in self.hub.members()
         ]
 
-    def policies_page(self, limit: int, application: str = APPLICATION) -> dict[str, Any]:
-        """Newest first, without bodies."""
+    def policies_page(
+        self, limit: int, application: str = APPLICATION, before: int | None = None
+    ) -> dict[str, Any]:
+        """Newest first, without bodies; before: only smaller numbers."""
         hold = self.book.hold(application)
         return {
             "era": self.book.era,
@@ -323,7 +352,8 @@ class Controller(Daemon[ControllerConfig]):
             if hold is None
             else {"number": hold.number, "since_wall_s": hold.since_wall_s, "author": hold.author},
             "policies": [
-                policy.to_plain(whole=False) for policy in self.book.history(application, limit)
+                policy.to_plain(whole=False)
+                for policy in self.book.history(application, limit, before)
             ],
         }
 
@@ -364,7 +394,53 @@ class Controller(Daemon[ControllerConfig]):
     def front_page(self) -> dict[str, Any]:
         return self.jobs.show_front()
 
+    def alarms(self) -> list[dict[str, str]]:
+        held = {name: self.book.hold(name) for name in APPLICATIONS}
+        found = find_alarms(
+            unready=self.unready(),
+            members=self.members(),
+            held={name: hold.number for name, hold in held.items() if hold is not None},
+            domains=self.domains_page()["domains"],
+            jobs=self.jobs.describe(),
+            prompts=self.prompts.describe(),
+        )
+        return [alarm.to_plain() for alarm in found]
+
+    async def note(self, uid: int, command: str, about: str, result: str) -> None:
+        await self.audit.add(Entry(_account(uid), "admin", command, about, result=result))
+
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        if command in CHANGES and not args.get("preview"):
+            return await self.change(command, args, who=_account(peer_uid.get()), via="admin")
+        return await self.command(command, args)
+
+    async def change(
+        self, command: str, args: dict[str, Any], *, who: str, via: str
+    ) -> dict[str, Any]:
+        """One of CHANGES, on the audit log whatever becomes of it. Raises IntentdError."""
+        name = args.get("application", jobs_app.APPLICATION if "pareto" in command else APPLICATION)
+        signed = {"author": who, **args} if command in SIGNED else args
+        before = self._number_of(name)
+        about = f"{name}: {args.get(CHANGES[command], '')}" if CHANGES[command] else str(name)
+        try:
+            answer = await self.command(command, signed)
+        except IntentdError as error:
+            await self.audit.add(
+                Entry(who, via, command, about, before, result=f"refused: {error}")
+            )
+            raise
+        await self.audit.add(Entry(who, via, command, about, before, self._number_of(name)))
+        return answer
+
+    def _number_of(self, application: object) -> str:
+        """ERA.NUMBER in force; "" where there is none."""
+        if application not in APPLICATIONS:
+            return ""
+        newest = self._applied(str(application))[0].newest
+        return "" if newest is None else f"{newest.era}.{newest.number}"
+
+    async def command(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        """One command, without the audit log. Raises IntentdError."""
         match command:
             case "members":
                 only(args)
@@ -411,6 +487,13 @@ class Controller(Daemon[ControllerConfig]):
             case "prompts":
                 only(args)
                 return self.prompts.describe()
+            case "alarms":
+                only(args)
+                return {"alarms": self.alarms()}
+            case "audit":
+                only(args, "limit", "before")
+                limit = integer(args, "limit", 100)
+                return {"entries": self.audit.page(limit, integer(args, "before", 0))}
         if command.startswith("pareto_"):
             return await JobsAdmin(self.jobs).answer(command, args)
         raise AdminRefusedError(
@@ -435,6 +518,13 @@ def _application(args: dict[str, Any]) -> str:
     if name not in APPLICATIONS:
         raise InputError("application", f"{name!r:.60}", f"one of {', '.join(APPLICATIONS)}")
     return str(name)
+
+
+def _account(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return f"uid-{uid}"
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from intentd.controller import audit
 from intentd.core.errors import InputError, IntentdError
 from intentd.core.messages import NumberedPolicy
 from intentd.daemons.kit.files import write_atomically
@@ -53,6 +54,7 @@ MIGRATIONS: Final = (
     CREATE TABLE chosen (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
     """,
     "CREATE TABLE intents (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;",
+    audit.MIGRATION,
 )
 
 
@@ -155,11 +157,12 @@ class PolicyBook:
             raise InputError("number", number, f"a policy of {application} that is kept")
         return rows[0]
 
-    def history(self, application: str, limit: int = HISTORY) -> list[StoredPolicy]:
-        """Newest first."""
-        return self._select(
-            "WHERE application = ? ORDER BY number DESC LIMIT ?", application, limit
-        )
+    def history(
+        self, application: str, limit: int = HISTORY, before: int | None = None
+    ) -> list[StoredPolicy]:
+        """Newest first; before: only smaller numbers."""
+        tail = "WHERE application = ? AND number < ? ORDER BY number DESC LIMIT ?"
+        return self._select(tail, application, 2**62 if before is None else before, limit)
 
     def hold(self, application: str) -> Hold | None:
         rows = self._store.read(

@@ -34,6 +34,7 @@ GROUPS: Final = {
     "prompts": "ctl",
     "pareto": "ctl",
     "keys": "ctl",
+    "tokens": "ctl",
 }
 # module: the commands it puts at the top level (its ``app`` holds them by name)
 TOP_LEVEL: Final = {

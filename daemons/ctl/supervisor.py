@@ -21,6 +21,7 @@ from intentd.daemons.kit.config import admin_path
 from intentd.daemons.kit.files import write_atomically
 from intentd.daemons.kit.keys import new_fin_key, write_fin_key
 from intentd.daemons.kit.lifecycle import EXIT_USAGE, prepare_directory
+from intentd.daemons.kit.tokens import new_secret, token_hash
 
 BACKOFF_MIN_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
@@ -80,12 +81,23 @@ class Layout:
                 found["live"].append(f"--proxy={self.proxy_url}")
         return found
 
+    @property
+    def token_file(self) -> Path:
+        return self.state_dir / "console.token"
+
     def prepare(self) -> None:
-        """Make the directories, and the key of this suite's FIN datagrams."""
+        """Make the directories, the key of this suite's FIN datagrams, and a token for the
+        console."""
         prepare_directory(self.run_dir, 0o755)
         prepare_directory(self.state_dir, 0o700)
         if not self.fin_key.exists():
             write_fin_key(self.fin_key, new_fin_key())
+        if not self.token_file.exists():
+            write_atomically(self.token_file, f"{new_secret()}\n".encode())
+
+    def way_in(self) -> str:
+        """Where the console's token lies; "" when the operator's file says who is let in."""
+        return str(self.token_file) if self.config_of("controller") is None else ""
 
     def config_of(self, role: str) -> Path | None:
         path = self.config_dir / f"{role}.toml" if self.config_dir is not None else None
@@ -102,6 +114,9 @@ class Layout:
         }
         if role == "proxy" and self.small_model is not None:
             own["MODELS"] = _models(base + _SMALL_MODEL_OFFSET)
+        if role == "controller":
+            token = self.token_file.read_text(encoding="ascii").strip()
+            own["STATUS__TOKENS"] = f'["admin:{token_hash(token)}"]'
         if self.config_of(role) is not None:  # the operator's file says the rest
             own = {name: own[name] for name in ("STATE_DIR", "RUN_DIR")}
         return {f"INTENTD_{role.upper()}__{name}": value for name, value in own.items()}

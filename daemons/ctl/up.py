@@ -201,10 +201,26 @@ def _print_job(result: dict[str, Any], as_json: bool) -> None:
 def _announce(supervisor: Supervisor, as_json: bool) -> None:
     addresses = supervisor.addresses()
     if as_json:
-        print_json({"status": addresses, "run_dir": str(supervisor.layout.run_dir)})
+        print_json(_told(supervisor.layout, addresses))
         return
     message(f"intentd runs; status at http://{addresses['controller']}/status (Ctrl-C stops it)")
+    _say_console(supervisor.layout, addresses)
     _say_socket(supervisor.layout)
+
+
+def _told(layout: Layout, addresses: dict[str, str]) -> dict[str, Any]:
+    return {
+        "status": addresses,
+        "run_dir": str(layout.run_dir),
+        "console": f"http://{addresses['controller']}/console/",
+        "console_token_file": layout.way_in(),
+    }
+
+
+def _say_console(layout: Layout, addresses: dict[str, str]) -> None:
+    message(f"console at http://{addresses['controller']}/console/ (reading is free)")
+    if layout.way_in():
+        message(f"to change things log in with the token in {layout.way_in()}")
 
 
 def _say_socket(layout: Layout) -> None:
@@ -240,8 +256,9 @@ def _up_detached(
         process.wait(DOWN_TIMEOUT_S)
         return
     if as_json and not main_job:
-        print_json({"status": addresses, "run_dir": str(layout.run_dir)})
+        print_json(_told(layout, addresses))
     message(f"intentd runs; status at http://{addresses['controller']}/status")
+    _say_console(layout, addresses)
     message("intentctl status shows it, intentctl down stops it")
     _say_socket(layout)
 

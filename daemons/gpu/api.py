@@ -7,15 +7,16 @@ token, as every change does: see ``daemons.kit.status``.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from aiohttp import web
 
 from intentd.core.errors import InputError
 from intentd.daemons.gpu.service import Caller, NotAllowedError, Service, UnknownJobError
-from intentd.daemons.kit.status import json_response, token_accepted
+from intentd.daemons.kit.status import CALLER, json_response
 from intentd.daemons.kit.store import StoreError
+from intentd.daemons.kit.tokens import Role
 
 ROUTES: Final = (
     ("POST", "/api/jobs", "submit", "Submit a job; array: n submits n of it."),
@@ -33,12 +34,10 @@ _NUMBERS: Final = ("job", "limit", "before", "after", "offset")
 
 
 class Api:
-    """tokens: hashes of the tokens accepted now. service: None until the daemon is up."""
+    """service: None until the daemon is up."""
 
-    def __init__(
-        self, tokens: Callable[[], Sequence[str]], service: Callable[[], Service | None]
-    ) -> None:
-        self._tokens, self._service = tokens, service
+    def __init__(self, service: Callable[[], Service | None]) -> None:
+        self._service = service
 
     def add_routes(self, app: web.Application) -> None:
         for method, path, name, _ in ROUTES:
@@ -50,8 +49,7 @@ class Api:
             service = self._service()
             if service is None:
                 return json_response({"error": "starting"}, 503)
-            holds = token_accepted(request.headers.get("Authorization", ""), self._tokens())
-            caller = Caller("", trusted=holds)
+            caller = Caller("", trusted=request[CALLER].role >= Role.OPERATE)
             try:
                 args: dict[str, Any] = {
                     key: _value(key, value)

@@ -165,7 +165,7 @@ class GpuDaemon(Daemon[GpuConfig]):
         }
 
     def add_routes(self, app: web.Application) -> None:
-        Api(lambda: self.config.status.tokens, lambda: self.service).add_routes(app)
+        Api(lambda: self.service).add_routes(app)
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         group, _, name = command.partition(".")

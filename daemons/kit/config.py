@@ -34,7 +34,8 @@ CONTROLLER_ENDPOINT: Final = "tcp://127.0.0.1:7400"
 ZMQ_ADDRESS: Final = r"^(tcp|ipc)://.+"
 ZMQ_ADDRESS_OR_NONE: Final = r"^((tcp|ipc)://.+)?$"
 MAX_FILE_BYTES: Final = 8 << 20
-_TOKEN: Final = re.compile(r"[0-9a-f]{64}\Z")
+_TOKEN: Final = re.compile(r"((read|operate|admin):)?[0-9a-f]{64}\Z")
+_ORIGIN: Final = r"^(https?://[A-Za-z0-9.:\[\]-]+)?$"
 
 # An empty field name: the loader puts the path in front.
 Duration = Annotated[float, BeforeValidator(lambda text: parse_duration_s(text, ""))]
@@ -111,8 +112,19 @@ class StatusSection(Section):
     )
     tokens: tuple[str, ...] = Field(
         default=(),
-        description="SHA-256 (hex) of each accepted bearer token. Needed to change anything by "
-        "HTTP, and off loopback to read.",
+        description="SHA-256 (hex) of each accepted bearer token, with its role in front "
+        "(read:HASH, operate:HASH; without one: admin), beside those of intentctl tokens. One is "
+        "needed to change anything by HTTP, and off loopback to read.",
+    )
+    tls_cert_file: str = Field(
+        default="", description="Certificate chain (PEM) to serve HTTPS with. Empty: HTTP."
+    )
+    tls_key_file: str = Field(default="", description="Its private key (PEM).")
+    origin: str = Field(
+        default="",
+        description="Where browsers find this endpoint if a reverse proxy stands before it, such "
+        "as https://intentd.example: accepted as Host and Origin; with https cookies are Secure.",
+        pattern=_ORIGIN,
     )
 
     @model_validator(mode="after")
@@ -122,8 +134,12 @@ class StatusSection(Section):
                 raise ConfigError(
                     f"tokens[{index}]",
                     "(hidden)",
-                    "the SHA-256 of a token: 64 lower-case hex digits",
+                    "the SHA-256 of a token: 64 lower-case hex digits, or ROLE:HASH",
                 )
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ConfigError(
+                "tls_key_file", self.tls_key_file, "tls_cert_file and tls_key_file together"
+            )
         if self.bind:
             host, port = split_address(self.bind, "bind")
             if port >= 0 and not is_loopback(host) and not self.tokens:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import intentd
 from intentd.core.errors import IntentdError
-from intentd.daemons.kit.admin import AdminRefusedError, AdminServer
+from intentd.daemons.kit.admin import AdminRefusedError, AdminServer, peer_uid
 from intentd.daemons.kit.clock import Clock, SystemClock
 from intentd.daemons.kit.config import (
     CommonConfig,
@@ -50,6 +50,8 @@ from intentd.daemons.kit.metrics import Metrics
 from intentd.daemons.kit.reloading import Reloader
 from intentd.daemons.kit.status import StatusServer
 from intentd.daemons.kit.systemd import Notifier
+from intentd.daemons.kit.tokens import FILE as TOKENS_FILE
+from intentd.daemons.kit.tokens import TokenBook
 from intentd.daemons.kit.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -174,6 +176,9 @@ class Daemon(Generic[C]):
     def add_routes(self, app: web.Application) -> None:
         """More HTTP routes on the status endpoint, before it starts."""
 
+    async def note(self, uid: int, command: str, about: str, result: str) -> None:
+        """A change that the lifecycle made for the user uid: reload, tokens. For an audit log."""
+
 
 class Lifecycle(Generic[C]):
     """Runs one daemon object from start to stop inside the loop."""
@@ -262,12 +267,14 @@ class Lifecycle(Generic[C]):
         prepare_directory(config.state_dir, 0o700)
         self._take_lock()
         if config.status.enabled:
+            book = TokenBook(config.state_dir / TOKENS_FILE, config.status.tokens, kit.clock.wall)
             self._status = StatusServer(
                 config.status_bind,
-                config.status.tokens,
+                book,
                 kit.metrics,
                 status=self.status,
                 unready=self.unready,
+                section=config.status,
             )
             self.daemon.add_routes(self._status.app)
             await self._status.start()
@@ -433,8 +440,10 @@ class Lifecycle(Generic[C]):
             case "ready":
                 reasons = self.unready()
                 return {"ready": not reasons, "reasons": reasons}
-            case "reload":
-                return await self.reload("intentctl", confirm=bool(args.get("confirm", False)))
+            case "reload" | "tokens.new" | "tokens.revoke":
+                return await self._change(command, args)
+            case "tokens":
+                return {"tokens": [token.to_plain() for token in self._tokens().all()]}
             case "config":
                 return self.config.model_dump(mode="json")
             case "metrics":
@@ -443,6 +452,29 @@ class Lifecycle(Generic[C]):
                 self.log_dump()
                 return self.daemon.dump()
         return await self.daemon.admin(command, args)
+
+    async def _change(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        uid, about = peer_uid.get(), str(args.get("name", ""))[:128]
+        try:
+            if command == "reload":
+                answer = await self.reload("intentctl", confirm=bool(args.get("confirm", False)))
+            elif command == "tokens.new":
+                made, secret = self._tokens().new(
+                    args.get("name"), args.get("role"), args.get("expires_wall_s")
+                )
+                answer = {"token": made.to_plain(), "secret": secret}
+            else:
+                answer = {"token": self._tokens().revoke(args.get("name")).to_plain()}
+        except IntentdError as error:
+            await self.daemon.note(uid, command, about, f"refused: {error}")
+            raise
+        await self.daemon.note(uid, command, about, "done")
+        return answer
+
+    def _tokens(self) -> TokenBook:
+        if self._status is None:
+            raise AdminRefusedError("status.enabled is false: there is nothing to let in to")
+        return self._status.door.book
 
     # -- one process a role and run directory ------------------------------------------------
 

@@ -24,7 +24,10 @@ _log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 # what names the process itself
-FIXED: Final = ("name", "host", "state_dir", "run_dir", "admin", "status.bind", "status.enabled")
+FIXED: Final = (
+    "name", "host", "state_dir", "run_dir", "admin", "status.bind", "status.enabled",
+    "status.tls_cert_file", "status.tls_key_file", "status.origin",
+)  # fmt: skip
 
 C = TypeVar("C", bound=CommonConfig)
 

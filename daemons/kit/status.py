@@ -1,24 +1,28 @@
 """The HTTP endpoint of every daemon: /livez, /readyz, /status and /metrics; roles add routes.
 
-On loopback reading is free; changing anything needs a bearer token, and off loopback reading too.
-The configuration holds only SHA-256 hashes of tokens.
+On loopback reading is free; changing anything needs a token of role operate (see ``tokens``), and
+off loopback reading needs one too. A request to a loopback address must also name one in its Host
+header: a web page elsewhere whose name is made to point here would otherwise read it (DNS
+rebinding).
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
 import json
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
 from intentd.core.errors import IntentdError
-from intentd.daemons.kit.config import is_loopback, split_address
+from intentd.daemons.kit.config import StatusSection, is_loopback, split_address
 from intentd.daemons.kit.metrics import Metrics
+from intentd.daemons.kit.tokens import Role, TokenBook
 
 _log = logging.getLogger(__name__)
 
@@ -29,17 +33,73 @@ MAX_BODY_BYTES: Final = 4 << 20
 _Next = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def token_hash(token: str) -> str:
-    # Headers may hold any bytes; aiohttp gives the undecodable ones as lone surrogates.
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. name: of the token; "" when reading is free. via: api or console."""
+
+    name: str
+    role: Role
+    via: str = "api"
 
 
-def token_accepted(header: str, hashes: Sequence[str]) -> bool:
-    """Whether an Authorization header carries one of the tokens; takes the same time for all."""
-    scheme, _, token = header.partition(" ")
-    given = token_hash(token.strip())
-    matches = [hmac.compare_digest(given, known) for known in hashes]
-    return scheme.lower() == "bearer" and any(matches)
+class Door:
+    """Who is let in, for the guard and for roles that serve more (the console).
+
+    identify: a role's own way to know a request that carries no token (a session), tried before
+    reading on loopback is granted. on_refused: its own answer in place of 401 and 403. open_path:
+    paths that need nobody.
+    """
+
+    def __init__(self, book: TokenBook, section: StatusSection, host: str) -> None:
+        self.book = book
+        self.section = section
+        self.loopback = is_loopback(host)
+        self.open_path: Callable[[str], bool] = lambda _path: False
+        self.identify: Callable[[web.Request], Awaitable[Caller | None]] | None = None
+        self.on_refused: Callable[[web.Request, web.Response], web.StreamResponse | None] = (
+            lambda _request, _answer: None
+        )
+
+    @property
+    def secure(self) -> bool:
+        """Whether browsers come by TLS: ours, or that of a reverse proxy."""
+        return bool(self.section.tls_cert_file) or self.section.origin.startswith("https://")
+
+    def origins(self, request: web.Request) -> tuple[str, ...]:
+        """What a browser on one of our pages gives as Origin."""
+        own = f"{'https' if self.section.tls_cert_file else 'http'}://{request.host}"
+        return (own, self.section.origin) if self.section.origin else (own,)
+
+    def misdirected(self, request: web.Request) -> bool:
+        host = request.host
+        if not self.loopback or host == self.section.origin.partition("://")[2]:
+            return False
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        return not is_loopback(name.removeprefix("[").removesuffix("]").lower())
+
+    async def caller(self, request: web.Request) -> Caller:
+        header = request.headers.get("Authorization", "")
+        if header:
+            token = self.book.from_header(header)
+            if token is not None:
+                return Caller(token.name, token.role)
+        elif self.identify is not None:
+            known = await self.identify(request)
+            if known is not None:
+                return known
+        return Caller("", Role.READ if self.loopback else Role.NONE)
+
+
+DOOR: Final = web.AppKey("door", Door)
+CALLER: Final = web.RequestKey("caller", Caller)
+
+
+def require(request: web.Request, role: Role) -> Caller:
+    """The caller, who has this role. Raises HTTPForbidden."""
+    caller = request[CALLER]
+    if caller.role < role:
+        raise web.HTTPForbidden(reason=f"a token of role {role.word} is needed")
+    return caller
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
@@ -49,29 +109,30 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 
 
 class StatusServer:
-    """status: the whole document. unready: reasons, empty when ready."""
+    """status: the whole document. unready: reasons, empty when ready. book: the tokens."""
 
     def __init__(
         self,
         bind: str,
-        tokens: Sequence[str],
+        book: TokenBook,
         metrics: Metrics,
         *,
         status: Callable[[], dict[str, Any]],
         unready: Callable[[], list[str]],
+        section: StatusSection | None = None,
     ) -> None:
         self._host, self._port = split_address(bind, "status.bind")
         self._bind = bind
-        self._tokens = tuple(tokens)
         self._metrics = metrics
         self._status = status
         self._unready = unready
-        self._loopback = is_loopback(self._host)
-        if not self._loopback and not self._tokens:
+        self.door = Door(book, section or StatusSection(), self._host)
+        if not self.door.loopback and not len(book):
             raise IntentdError(
                 f"status.bind: got {bind}, expected a loopback address, or status.tokens set"
             )
         self.app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        self.app[DOOR] = self.door
         self.app.router.add_get("/livez", self._livez)
         self.app.router.add_get("/readyz", self._readyz)
         self.app.router.add_get("/status", self._status_document)
@@ -80,10 +141,10 @@ class StatusServer:
         self.address = ""
 
     def set_tokens(self, tokens: Sequence[str]) -> None:
-        """Replace the accepted tokens (reload)."""
-        if not self._loopback and not tokens:
+        """Replace the configuration's tokens (reload)."""
+        if not self.door.loopback and not tokens:
             raise IntentdError("status.tokens: got none, expected at least one off loopback")
-        self._tokens = tuple(tokens)
+        self.door.book.set_configured(tokens)
 
     async def start(self) -> None:
         """Listen; ``address`` then says where (port 0 takes a free one)."""
@@ -91,7 +152,8 @@ class StatusServer:
             self.app, handle_signals=False, access_log=None, shutdown_timeout=2.0
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port, reuse_port=False)
+        tls = tls_context(self.door.section)
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_port=False, ssl_context=tls)
         try:
             await site.start()
         except OSError as error:
@@ -113,14 +175,9 @@ class StatusServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Next) -> web.StreamResponse:
         """Authorisation, and the one place where a handler's error becomes an answer."""
-        if self._needs_token(request) and not token_accepted(
-            request.headers.get("Authorization", ""), self._tokens
-        ):
-            if not self._tokens:
-                return json_response({"error": "no token configured: status.tokens is empty"}, 403)
-            refused = json_response({"error": "expected Authorization: Bearer TOKEN"}, 401)
-            refused.headers["WWW-Authenticate"] = "Bearer"
-            return refused
+        refused = await self._refusal(request)
+        if refused is not None:
+            return self.door.on_refused(request, refused) or refused
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -134,12 +191,28 @@ class StatusServer:
             _log.exception("request failed", extra={"path": request.path})
             return json_response({"error": f"internal error: {type(error).__name__}"}, 500)
 
-    def _needs_token(self, request: web.Request) -> bool:
-        if request.method not in SAFE_METHODS:
-            return True
-        if request.path in OPEN_PATHS:
-            return False
-        return not self._loopback
+    async def _refusal(self, request: web.Request) -> web.Response | None:
+        """Why this caller may not; None when they may."""
+        door = self.door
+        if door.misdirected(request):
+            text = "Host: expected a loopback address, or status.origin set to that name"
+            return json_response({"error": text}, 421)
+        caller = request[CALLER] = await door.caller(request)
+        path = request.path
+        if path in OPEN_PATHS or door.open_path(path):
+            return None
+        needed = Role.READ if request.method in SAFE_METHODS else Role.OPERATE
+        if caller.role >= needed:
+            return None
+        if not len(door.book):
+            text = "no token configured: status.tokens is empty (intentctl tokens new makes one)"
+            return json_response({"error": text}, 403)
+        if caller.name:
+            text = f"token {caller.name}: has role {caller.role.word}, needs {needed.word}"
+            return json_response({"error": text}, 403)
+        refused = json_response({"error": "expected Authorization: Bearer TOKEN"}, 401)
+        refused.headers["WWW-Authenticate"] = "Bearer"
+        return refused
 
     async def _livez(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -155,3 +228,17 @@ class StatusServer:
         return web.Response(
             body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type}
         )
+
+
+def tls_context(section: StatusSection) -> ssl.SSLContext | None:
+    """None without a certificate. Raises IntentdError."""
+    if not section.tls_cert_file:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(Path(section.tls_cert_file), Path(section.tls_key_file))
+    except OSError as error:  # ssl.SSLError too
+        text = f"status.tls_cert_file: got {section.tls_cert_file}, {error.strerror or error}"
+        raise IntentdError(text) from None
+    return context

@@ -14,7 +14,8 @@ from aiohttp import web
 
 from intentd.core.errors import IntentdError
 from intentd.daemons.kit.metrics import Metrics
-from intentd.daemons.kit.status import StatusServer, json_response, token_accepted, token_hash
+from intentd.daemons.kit.status import StatusServer, json_response
+from intentd.daemons.kit.tokens import TokenBook, token_hash
 
 
 def request(address: str, path: str, method: str = "GET", token: str = "") -> tuple[int, str]:
@@ -35,7 +36,8 @@ async def ask(*args: Any, **named: Any) -> tuple[int, str]:
 def make(
     bind: str = "127.0.0.1:0", tokens: tuple[str, ...] = (), unready: Callable[[], list[str]] = list
 ) -> StatusServer:
-    server = StatusServer(bind, tokens, Metrics(), status=lambda: {"role": "toy"}, unready=unready)
+    book = TokenBook(None, tokens, lambda: 0.0)
+    server = StatusServer(bind, book, Metrics(), status=lambda: {"role": "toy"}, unready=unready)
 
     async def change(_request: web.Request) -> web.Response:
         return json_response({"changed": True})
@@ -117,9 +119,31 @@ async def test_a_port_in_use_is_one_clear_error() -> None:
         await first.stop()
 
 
-def test_tokens_are_compared_as_hashes() -> None:
-    known = (token_hash("a"), token_hash("b"))
-    assert token_accepted("Bearer b", known)
-    assert token_accepted("bearer  a ", known)
-    for header in ("", "Bearer", "Bearer c", "Basic a", token_hash("a"), "Bearer \udcff"):
-        assert not token_accepted(header, known)
+async def test_roles_and_names() -> None:
+    server = make(tokens=("read:" + token_hash("r"), "operate:" + token_hash("o")))
+    await server.start()
+    try:
+        code, text = await ask(server.address, "/change", "POST", token="r")
+        assert (code, text) == (
+            403,
+            '{"error": "token configured-1: has role read, needs operate"}\n',
+        )
+        assert (await ask(server.address, "/change", "POST", token="o"))[0] == 200
+        port = int(server.address.rpartition(":")[2])
+        for host, expected in (
+            ("evil.example", 421),
+            (f"evil.example:{port}", 421),
+            ("localhost", 200),
+            (f"[::1]:{port}", 200),
+        ):
+            assert await raw_status(port, host) == expected, host
+    finally:
+        await server.stop()
+
+
+async def raw_status(port: int, host: str) -> int:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET /status HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    line = await reader.readline()
+    writer.close()
+    return int(line.split()[1])

@@ -23,6 +23,7 @@ from intentd.core.jobs.demand import DemandFunction, efficiency
 from intentd.core.jobs.policy import FREE, NAMES, Costs, JobsPolicy
 
 Array = NDArray[np.float64]
+LEASE_GROWTH: Final = 0.02  # of play-outs; as in kernel/kernel.h
 BACKENDS: Final = ("compiled", "reference")
 DECIDE, PLAY = 0, 1
 
@@ -243,6 +244,7 @@ def numbers_of(
     seed: int = 0,
     target: int = -1,
     review_every: int = 0,
+    lease_growth: float = 0.0,
 ) -> Array:
     """The scalars of a run, in the order of kernel/module.c."""
     return np.array(
@@ -264,6 +266,7 @@ def numbers_of(
             target,
             width,
             review_every,
+            lease_growth,
         ],
         dtype=np.float64,
     )
@@ -285,6 +288,7 @@ def run(
     target: int = -1,
     review_every: int = 0,
     quotas: Quotas | None = None,
+    lease_growth: float = 0.0,
     backend: str = "",
 ) -> Outcome:
     """Decides once (DECIDE) or plays to the end (PLAY); the raw door to the kernel.
@@ -293,7 +297,8 @@ def run(
     failures: (m, 2) rising times and changes of capacity. predict: jobs whose finish is predicted
     at their arrival. review_every: after every so many arrivals the finish of all active jobs is
     predicted anew. target: stop when this job ends. quotas: kept throughout; not together with
-    predict and review_every. Raises InputError for what it refuses.
+    predict and review_every. lease_growth: leases last at least this times the time since now_s, as
+    they do in predictions. Raises InputError for what it refuses.
     """
     n, active = len(jobs), 0 if progress is None else len(progress.remaining_gpu_s)
     state = {name: np.zeros(n) for name in ("left", "grant", "stall", "since", "seen", "count")}
@@ -334,6 +339,7 @@ def run(
         seed=seed,
         target=target,
         review_every=review_every,
+        lease_growth=lease_growth,
     )
     chosen = backend_named(backend) if backend else _backend()
     code = chosen(mode, numbers, arrays)
@@ -390,6 +396,7 @@ def play_out(
         costs=costs,
         target=target,
         quotas=quotas,
+        lease_growth=LEASE_GROWTH,
     )
     if not outcome.complete:
         raise StateError(f"jobs wait for ever on {gpus:g} GPUs: a minimum above the capacity")

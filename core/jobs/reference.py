@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 NEAR = 1e-9
+LEASE_GROWTH = 0.02  # of play-outs; as in kernel/kernel.h
 FIFO, SRSF, THEMIS, AFS, MAXMIN, WFQ = range(6)
 _MASK = 2**64 - 1
 
@@ -24,7 +25,7 @@ class Engine:
     def __init__(self, numbers: Any, arrays: tuple[Any, ...]) -> None:
         (kind, integral, artifact, self.zeta, self.delta, self.lease_s, self.start_s,
          self.resize_s, self.preempt_s, self.min_runtime_s, self.checkpoint_s, self.capacity,
-         self.now, seed, target, _, every) = numbers.tolist()  # fmt: skip
+         self.now, seed, target, _, every, self.growth) = numbers.tolist()  # fmt: skip
         self.kind, self.integral, self.artifact = int(kind), bool(integral), bool(artifact)
         self.seed, self.target, self.every = int(seed), int(target), int(every)
         (self.submit, self.work, self.estimate, self.gmin, self.gmax, table, speeds, eff,
@@ -47,6 +48,7 @@ class Engine:
         self.active: list[int] = []
         self.run: list[int] = []
         self.next, self.area, self.seen, self.events = 0, 0.0, 0.0, 0.0
+        self.begin = self.now
         self.lease_at, self.exact, self.decisions = self.now + self.lease_s, False, 0
         self.failures = arrays[18].reshape(-1, 2).tolist()
         self.predict, self.arrays = arrays[19], arrays
@@ -138,9 +140,9 @@ class Engine:
 
     def finish_ratio(self, j: int, left: float) -> float:
         contention = (self.seen0[j] + self.seen) / (self.events0[j] + self.events)
-        fair = self.size[j] / min(self.capacity / contention, int(self.gmax[j]))
-        grant = min(left, int(self.gmax[j]))
-        return float((self.now - self.submit[j] + self.remaining[j] / grant) / fair)
+        rate = min(self.capacity / contention, int(self.gmax[j])) / self.size[j]
+        wait, work = (self.now - self.submit[j]) * rate, self.remaining[j] * rate
+        return float(wait + work * (1 / min(left, int(self.gmax[j]))))
 
     # -- who gets what -------------------------------------------------------------------
 
@@ -230,13 +232,16 @@ class Engine:
 
     def maxmin(self, jobs: list[int]) -> dict[int, float]:
         left = self.capacity
+        by_service = self.integral or self.gangs
+        if by_service:
+            jobs = sorted(jobs, key=lambda j: self.size[j] - self.remaining[j])
         if sum(int(self.gmax[j]) for j in jobs) <= left:
             return self.walk(jobs, left, {})[0]
-        if not self.integral and not self.gangs:
+        if not by_service:
             shares = _water(left, [(float(self.gmax[j]), 1.0) for j in jobs])
             return dict(zip(jobs, shares, strict=True))
         grants: dict[int, float] = {}
-        for j in sorted(jobs, key=lambda j: self.size[j] - self.remaining[j]):
+        for j in jobs:
             if left > NEAR and self.least(j) <= left + NEAR:
                 grants[j] = float(self.least(j))
                 left -= grants[j]
@@ -460,7 +465,7 @@ class Engine:
                 self.change_capacity(self.failures.pop(0)[1])
             elif kind == 4:
                 self.arrive()
-            self.lease_at = self.now + self.lease_s
+            self.lease_at = self.now + max(self.lease_s, self.growth * (self.now - self.begin))
             self.decide()
             if kind == 4 and self.predict[self.next - 1]:
                 self.arrays[23][self.next - 1] = self.play_out(self.next - 1)[0]
@@ -488,6 +493,7 @@ class Engine:
             if self.artifact:
                 copy.size[j] = copy.remaining[j]
         copy.exact, copy.target, copy.next, copy.failures = True, target, self.n, []
+        copy.begin, copy.growth = self.now, 0.0 if self.artifact else LEASE_GROWTH
         if self.artifact:
             copy.lease_at = math.inf
         copy.arrays = self.arrays[:20] + tuple(np.full(self.n, np.nan) for _ in range(7))

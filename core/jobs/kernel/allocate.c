@@ -4,6 +4,8 @@
 /* Position of a job in the policies that order by size; smaller goes first. */
 double order_key(const Policy *policy, const Jobs *jobs, const State *state, int j)
 {
+    if (policy->kind == MAXMIN) /* service attained */
+        return state->size[j] - state->remaining[j];
     double left = estimated(jobs, state, j);
     if (policy->kind == SRSF) /* remaining service in GPU seconds at the largest grant */
         return jobs->gmax[j] * left / speed_at(jobs, j, jobs->gmax[j]);
@@ -14,6 +16,55 @@ static void give(Grants *grants, int j, double amount)
 {
     grants->job[grants->count] = j;
     grants->amount[grants->count++] = amount;
+}
+
+/* Positions by (key, position), the least first: for decisions that take few of many. */
+typedef struct {
+    double *key;
+    int32_t *at;
+    int len;
+} Heap;
+
+static inline int precedes(double key, int at, double other_key, int other_at)
+{
+    return key < other_key || (key == other_key && at < other_at);
+}
+
+static void sift(Heap *heap, int hole)
+{
+    double key = heap->key[hole];
+    int32_t at = heap->at[hole];
+    for (int child = 2 * hole + 1; child < heap->len; child = 2 * hole + 1) {
+        if (child + 1 < heap->len &&
+            precedes(heap->key[child + 1], heap->at[child + 1], heap->key[child], heap->at[child]))
+            child++;
+        if (!precedes(heap->key[child], heap->at[child], key, at))
+            break;
+        heap->key[hole] = heap->key[child];
+        heap->at[hole] = heap->at[child];
+        hole = child;
+    }
+    heap->key[hole] = key;
+    heap->at[hole] = at;
+}
+
+/* In the allocator's scratch: of the positions in slot by their keys in rank. */
+static Heap heaped(Grants *grants, int len)
+{
+    Heap heap = {grants->rank, grants->slot, len};
+    for (int i = len / 2 - 1; i >= 0; i--)
+        sift(&heap, i);
+    return heap;
+}
+
+static int popped(Heap *heap)
+{
+    int first = heap->at[0];
+    heap->len--;
+    heap->key[0] = heap->key[heap->len];
+    heap->at[0] = heap->at[heap->len];
+    sift(heap, 0);
+    return first;
 }
 
 /* In queue order, each up to its largest useful grant: FIFO and SRSF. Returns what is left. */
@@ -140,6 +191,12 @@ static void share_out(const Policy *policy, const View *view, double capacity, d
     }
 }
 
+static inline int head_of(const View *view, int b) /* oldest job of the b-th busy class */
+{
+    const Queue *queue = &view->queue[view->busy[b]];
+    return queue->items[queue->head];
+}
+
 /* Whole GPUs by largest remainder. Every busy class first gets what its oldest job needs to run,
  * oldest head first: without it a small weight rounds to nothing and preemption is unbounded. */
 static void round_shares(const Jobs *jobs, const View *view, double capacity, Grants *grants)
@@ -150,33 +207,27 @@ static void round_shares(const Jobs *jobs, const View *view, double capacity, Gr
     for (int b = 0; b < n; b++) {
         demand += view->queue[view->busy[b]].demand;
         whole &= share[b] == floor(share[b]);
-        whole &= share[b] >= least(jobs, view->queue[view->busy[b]].items[view->queue[view->busy[b]].head]);
-        grants->slot[b] = 0;
+        whole &= share[b] >= least(jobs, head_of(view, b));
     }
     if (whole)
         return;
     left = left < demand ? left : demand;
-    for (int k = 0; k < n; k++) { /* oldest head first; few classes, so a plain scan */
-        int oldest = -1;
-        double when = INFINITY;
-        for (int b = 0; b < n; b++) {
-            const Queue *queue = &view->queue[view->busy[b]];
-            double submit = jobs->submit[queue->items[queue->head]];
-            if (!grants->slot[b] && submit < when) {
-                when = submit;
-                oldest = b;
-            }
-        }
-        if (oldest < 0)
-            break;
-        const Queue *queue = &view->queue[view->busy[oldest]];
-        int need = least(jobs, queue->items[queue->head]);
-        grants->slot[oldest] = need <= left + NEAR ? need : -1;
-        if (grants->slot[oldest] > 0)
-            left -= need;
+    for (int b = 0; b < n; b++) {
+        grants->slot[b] = b;
+        fraction[b] = jobs->submit[head_of(view, b)];
+    }
+    Heap heap = heaped(grants, n);
+    while (heap.len > 0 && left >= 1 - NEAR) {
+        int head = head_of(view, popped(&heap)), need = least(jobs, head);
+        if (need > left + NEAR)
+            continue;
+        grants->done[head] = 1;
+        left -= need;
     }
     for (int b = 0; b < n; b++) {
-        double given = grants->slot[b] > 0 ? grants->slot[b] : 0;
+        int head = head_of(view, b);
+        double given = grants->done[head] ? least(jobs, head) : 0;
+        grants->done[head] = 0;
         fraction[b] = share[b] > given ? share[b] - given : 0;
         missing += fraction[b];
         share[b] = given;
@@ -216,6 +267,15 @@ static void allocate_wfq(const Policy *policy, const Jobs *jobs, const State *st
     spill(jobs, view, left, grants);
 }
 
+static void progress_rates(const Jobs *jobs, const State *state, const Grants *grants, int i,
+                           double *now, double *then)
+{
+    int j = grants->job[i];
+    double work = estimated(jobs, state, j), gpus = grants->amount[i];
+    now[i] = 1 / (work / speed_at(jobs, j, gpus) + 1e-7);
+    then[i] = 1 / (work / speed_at(jobs, j, gpus + 1) + 1e-7);
+}
+
 /* AFS-L (Hwang et al., NSDI 2021): GPU by GPU to the winner of a tournament. A job without a GPU
  * beats one with, and among those the shorter wins, so that the first GPUs go in key order. */
 static void allocate_afs(const Jobs *jobs, const State *state, const View *view, Grants *grants)
@@ -246,67 +306,97 @@ static void allocate_afs(const Jobs *jobs, const State *state, const View *view,
         grants->job[k] = j;
         grants->amount[k] = amount;
     }
+    double *now = grants->share, *then = grants->rank; /* 1 / time left as it is, with one more */
+    for (int i = 0; i < n; i++)
+        progress_rates(jobs, state, grants, i, now, then);
     for (; left > NEAR; left -= 1.0) {
         int best = -1;
-        double best0 = 0, best1 = 0;
         for (int i = 0; i < n; i++) {
-            int j = grants->job[i];
-            if (grants->amount[i] >= jobs->gmax[j])
+            if (grants->amount[i] >= jobs->gmax[grants->job[i]])
                 continue;
-            double work = estimated(jobs, state, j);
-            double at0 = 1 / (work / speed_at(jobs, j, grants->amount[i]) + 1e-7);
-            double at1 = 1 / (work / speed_at(jobs, j, grants->amount[i] + 1) + 1e-7);
-            int shorter = at0 > best0; /* this one has less time left than the champion */
-            double low0 = shorter ? at0 : best0, low1 = shorter ? at1 : best1;
-            double high0 = shorter ? best0 : at0, high1 = shorter ? best1 : at1;
-            int low_wins = (low1 - low0) / low0 > (high1 - high0) / high1;
-            if (best < 0 || low_wins == shorter) {
+            if (best < 0) {
                 best = i;
-                best0 = at0;
-                best1 = at1;
+                continue;
             }
+            int shorter = now[i] > now[best]; /* this one has less time left than the champion */
+            int low = shorter ? i : best, high = shorter ? best : i;
+            int low_wins = (then[low] - now[low]) / now[low] > (then[high] - now[high]) / then[high];
+            if (low_wins == shorter)
+                best = i;
         }
         if (best < 0)
             break;
         grants->amount[best] += left < 1.0 ? left : 1.0;
+        progress_rates(jobs, state, grants, best, now, then);
     }
     spill(jobs, view, left > 0 ? left : 0, grants);
 }
 
 /* Themis (Mahajan et al., NSDI 2020) as the chapter runs it: whoever is furthest behind its fair
  * finish time takes what it can use, then the next. */
-static double finish_ratio(const Jobs *jobs, const State *state, int j, double left)
-{
-    double grant = left < jobs->gmax[j] ? left : jobs->gmax[j];
-    double fair = state->capacity / mean_contention(state, j);
-    fair = state->size[j] / (fair < jobs->gmax[j] ? fair : jobs->gmax[j]);
-    return (state->now - jobs->submit[j] + state->remaining[j] / grant) / fair;
-}
-
+/* Its ratio on some GPUs is (wait + work / GPUs) over the finish time at a fair share. What a job
+ * could use only while enough is left changes with that: the others wait in a heap, those are
+ * looked at anew after every grant (and the others with them, by less than their ratio). */
 static void allocate_themis(const Jobs *jobs, const State *state, const View *view, Grants *grants)
 {
     const Queue *queue = &view->queue[0];
     const int32_t *items = queue->items + queue->head;
-    double left = state->capacity;
-    for (int i = 0; i < queue->len; i++)
-        grants->rank[i] = finish_ratio(jobs, state, items[i], left);
+    double left = state->capacity, *wait = grants->share, *work = grants->work;
+    double bar = grants->bar; /* near the least that was served last time: few are above it */
+    int widest = 0, narrow = 0, n = queue->len;
+    for (int i = 0; i < n; i++) {
+        int j = items[i], most = jobs->gmax[j];
+        double fair = state->capacity / mean_contention(state, j);
+        double rate = (fair < most ? fair : most) / state->size[j];
+        wait[i] = (state->now - jobs->submit[j]) * rate;
+        work[i] = state->remaining[j] * rate;
+        double ratio = wait[i] + work[i] * (1 / (double)most);
+        widest = most > widest ? most : widest;
+        if (most <= left && ratio >= bar) {
+            grants->slot[narrow] = i;
+            grants->rank[narrow++] = -ratio;
+        }
+    }
+    Heap heap = heaped(grants, narrow);
+    grants->bar = INFINITY;
     while (left > NEAR) {
-        int best = -1;
-        for (int i = 0; i < queue->len; i++)
-            if (grants->rank[i] > -INFINITY && (best < 0 || grants->rank[i] > grants->rank[best]))
-                best = i;
-        if (best < 0)
+        while (heap.len > 0 && jobs->gmax[items[heap.at[0]]] > left)
+            popped(&heap);
+        if (heap.len == 0 && bar > -INFINITY) { /* the bar was too high: all that are left */
+            for (int i = narrow = 0; i < n; i++) {
+                int most = jobs->gmax[items[i]];
+                if (most > left || wait[i] == -INFINITY)
+                    continue;
+                grants->slot[narrow] = i;
+                grants->rank[narrow++] = -(wait[i] + work[i] * (1 / (double)most));
+            }
+            heap = heaped(grants, narrow);
+            bar = -INFINITY;
+        }
+        int best = heap.len > 0 ? heap.at[0] : n;
+        double ratio = heap.len > 0 ? -heap.key[0] : -INFINITY, one = 1 / left;
+        if (widest > left)
+            for (int i = 0; i < n; i++) {
+                double mine = wait[i] + work[i] * one;
+                if (mine >= ratio && (mine > ratio || i < best)) {
+                    ratio = mine;
+                    best = i;
+                }
+            }
+        if (best == n || ratio == -INFINITY)
             break;
         int j = items[best];
         double amount = left < jobs->gmax[j] ? left : jobs->gmax[j];
-        grants->rank[best] = -INFINITY;
+        wait[best] = -INFINITY;
+        work[best] = 0;
+        if (heap.len > 0 && best == heap.at[0]) {
+            grants->bar = .95 * ratio;
+            popped(&heap);
+        }
         if (amount < jobs->gmin[j] - NEAR)
             continue;
         give(grants, j, amount);
         left -= amount;
-        for (int i = 0; i < queue->len && left > NEAR; i++)
-            if (jobs->gmax[items[i]] > left && grants->rank[i] > -INFINITY)
-                grants->rank[i] = finish_ratio(jobs, state, items[i], left);
     }
     spill(jobs, view, left, grants);
 }
@@ -323,7 +413,7 @@ static void allocate_maxmin(const Policy *policy, const Jobs *jobs, const State 
         walk(jobs, queue, left, grants);
         return;
     }
-    if (!policy->integral && !jobs->gangs) {
+    if (!by_service(policy, jobs)) {
         int open = queue->len;
         for (int i = 0; i < queue->len; i++)
             give(grants, items[i], -1.0);
@@ -344,18 +434,11 @@ static void allocate_maxmin(const Policy *policy, const Jobs *jobs, const State 
         }
         return;
     }
-    for (int i = 0; i < queue->len; i++) /* attained service */
-        grants->rank[i] = state->size[items[i]] - state->remaining[items[i]];
-    for (int k = 0; k < queue->len && left > NEAR; k++) {
-        int best = -1;
-        for (int i = 0; i < queue->len; i++)
-            if (grants->rank[i] < INFINITY && (best < 0 || grants->rank[i] < grants->rank[best]))
-                best = i;
-        grants->rank[best] = INFINITY;
-        int need = least(jobs, items[best]);
+    for (int i = 0; i < queue->len && left > NEAR; i++) { /* in order of attained service */
+        int j = items[i], need = least(jobs, j);
         if (need > left + NEAR)
             continue;
-        give(grants, items[best], need);
+        give(grants, j, need);
         left -= need;
     }
     for (int risen = 1; risen && left >= 1.0 - NEAR;) {

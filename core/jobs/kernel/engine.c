@@ -4,7 +4,7 @@
 size_t engine_bytes(int n, int classes, int owners)
 {
     size_t wide = n > classes ? n : classes, quotas = owners ? (size_t)n * 2 * sizeof(int32_t) : 0;
-    return quotas + 2 * sizeof(double) * (size_t)owners + 64 + 13 * sizeof(double) * (size_t)n + 3 * sizeof(double) * wide + 4 * sizeof(int32_t) * (size_t)n +
+    return quotas + 2 * sizeof(double) * (size_t)owners + 64 + 13 * sizeof(double) * (size_t)n + 4 * sizeof(double) * wide + 4 * sizeof(int32_t) * (size_t)n +
            sizeof(int32_t) * ((size_t)classes + wide) + sizeof(Queue) * (size_t)classes + 2 * (size_t)n + 512;
 }
 
@@ -33,6 +33,7 @@ void engine_layout(Engine *e, char *block, int n, int classes, int owners)
     e->grants.amount = (double *)take(&block, sizeof(double) * wide);
     e->grants.share = (double *)take(&block, sizeof(double) * wide);
     e->grants.rank = (double *)take(&block, sizeof(double) * wide);
+    e->grants.work = (double *)take(&block, sizeof(double) * wide);
     e->view.queue = (Queue *)take(&block, sizeof(Queue) * (size_t)classes);
     e->klass = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
     e->run = (int32_t *)take(&block, sizeof(int32_t) * (size_t)n);
@@ -48,6 +49,7 @@ void engine_layout(Engine *e, char *block, int n, int classes, int owners)
     }
     e->state.flags = (uint8_t *)take(&block, (size_t)n);
     e->grants.done = (uint8_t *)take(&block, (size_t)n);
+    e->grants.bar = 0;
 }
 
 int class_of(const Policy *policy, double size)
@@ -63,11 +65,72 @@ int class_of(const Policy *policy, double size)
     return low;
 }
 
-static int keyed(const Policy *policy) { return policy->kind == SRSF || policy->kind == AFS; }
+/* Is the queue kept in order of keys (and of index, where they are equal)? */
+static int keyed(const Engine *e)
+{
+    int kind = e->policy.kind;
+    return kind == SRSF || kind == AFS || by_service(&e->policy, &e->jobs);
+}
+
+static inline int precedes(const Engine *e, int j, double key, int other)
+{
+    double mine = order_key(&e->policy, &e->jobs, &e->state, j);
+    return mine < key || (mine == key && j < other);
+}
+
+/* Running jobs' keys rose: they are taken out and put back, the least first. What they pass is
+ * moved in blocks, and each is looked for from where the one before it went. */
+static void restore_raised(Engine *e)
+{
+    Queue *queue = &e->view.queue[0];
+    int32_t *items = queue->items + queue->head, *moved = e->grants.slot;
+    double *key = e->grants.rank;
+    int n = e->runs, end = 0;
+    for (int i = 0; i < n; i++) {
+        int j = e->run[i], k = i;
+        double mine = order_key(&e->policy, &e->jobs, &e->state, j);
+        for (; k > 0 && (key[k - 1] > mine || (key[k - 1] == mine && moved[k - 1] > j)); k--) {
+            key[k] = key[k - 1];
+            moved[k] = moved[k - 1];
+        }
+        key[k] = mine;
+        moved[k] = j;
+        e->grants.done[j] = 1;
+    }
+    for (int left = n; left > 0; end++)
+        left -= e->grants.done[items[end]];
+    for (int from = end - 1, to = end - 1; from >= 0; from--)
+        if (!e->grants.done[items[from]])
+            items[to--] = items[from];
+    for (int i = 0, rest = n; i < n; i++) { /* items[i .. rest) is free, the others are behind it */
+        int low = rest, high = rest, step = 1;
+        while (high < queue->len && precedes(e, items[high], key[i], moved[i])) {
+            low = high + 1;
+            high += step;
+            step *= 2;
+        }
+        high = high < queue->len ? high : queue->len;
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (precedes(e, items[middle], key[i], moved[i]))
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        memmove(items + i + (rest - n), items + rest, sizeof(int32_t) * (size_t)(low - rest));
+        items[i + low - n] = moved[i];
+        e->grants.done[moved[i]] = 0;
+        rest = low;
+    }
+}
 
 /* Only running jobs' keys moved, and only down: an insertion sort of a nearly sorted queue. */
 static void restore_order(Engine *e)
 {
+    if (e->policy.kind == MAXMIN) {
+        restore_raised(e);
+        return;
+    }
     Queue *queue = &e->view.queue[0];
     int32_t *items = queue->items + queue->head;
     double *key = e->grants.rank;
@@ -98,7 +161,7 @@ static void enqueue(Engine *e, int j)
     }
     int at = queue->len++;
     int32_t *items = queue->items + queue->head;
-    if (keyed(&e->policy) && !e->loading) {
+    if (keyed(e) && !e->loading) {
         queue->len--;
         restore_order(e);
         queue->len++;
@@ -106,7 +169,7 @@ static void enqueue(Engine *e, int j)
         int low = 0, high = at;
         while (low < high) {
             int middle = (low + high) / 2;
-            if (order_key(&e->policy, &e->jobs, &e->state, items[middle]) <= key)
+            if (precedes(e, items[middle], key, j))
                 low = middle + 1;
             else
                 high = middle;
@@ -126,7 +189,7 @@ static void enqueue(Engine *e, int j)
 void engine_sort(Engine *e)
 {
     e->loading = 0;
-    if (!keyed(&e->policy))
+    if (!keyed(e))
         return;
     Queue *queue = &e->view.queue[0];
     int32_t *from = queue->items + queue->head, *to = e->grants.slot, *swap;
@@ -139,7 +202,7 @@ void engine_sort(Engine *e)
             int a = start, middle = start + width < n ? start + width : n;
             int b = middle, end = start + 2 * width < n ? start + 2 * width : n;
             for (int i = start; i < end; i++)
-                to[i] = b >= end || (a < middle && key[from[a]] <= key[from[b]]) ? from[a++] : from[b++];
+                to[i] = b >= end || (a < middle && (key[from[a]] < key[from[b]] || (key[from[a]] == key[from[b]] && from[a] < from[b]))) ? from[a++] : from[b++];
         }
         swap = from, from = to, to = swap;
     }
@@ -238,7 +301,7 @@ void engine_decide(Engine *e)
     e->decisions++;
     if (e->owner)
         cap_owners(e);
-    if (keyed(&e->policy))
+    if (keyed(e))
         restore_order(e);
     if (e->policy.min_runtime_s > 0)
         for (int i = 0; i < e->runs; i++) {
@@ -373,7 +436,7 @@ static void change_capacity(Engine *e, double change)
         e->runs--;
         if (e->preemptions)
             e->preemptions[j]++;
-        if (keyed(&e->policy)) { /* its key rose: back to where it belongs */
+        if (keyed(e)) { /* its key rose: back to where it belongs */
             dequeue(e, j);
             Queue *queue = &e->view.queue[0];
             if (queue->head > 0) { /* room for the insertion at the end */
@@ -384,6 +447,14 @@ static void change_capacity(Engine *e, double change)
             enqueue(e, j);
         }
     }
+}
+
+/* In a play-out leases grow with the distance from the present: weeks of ten-minute leases take
+ * hundreds of milliseconds, and nobody is told an end weeks ahead to the minute. */
+static double next_lease(const Engine *e)
+{
+    double grown = e->lease_growth * (e->state.now - e->begin);
+    return e->state.now + (grown > e->policy.lease_s ? grown : e->policy.lease_s);
 }
 
 /* Runs until nothing is left, or the target ended. Returns 0, or -1 if jobs wait for ever. */
@@ -443,7 +514,7 @@ int engine_run(Engine *e, Engine *mirror, const uint8_t *predict, double *predic
             e->submitted[arrived] = state->now;
             engine_admit(e, arrived);
         }
-        e->lease_at = state->now + e->policy.lease_s;
+        e->lease_at = next_lease(e);
         engine_decide(e);
         if (arrived >= 0 && predict && predict[arrived])
             predicted[arrived] = engine_play_out(e, mirror, arrived);
@@ -498,6 +569,10 @@ double engine_play_out(const Engine *e, Engine *m, int target)
     }
     m->runs = e->runs;
     memcpy(m->run, e->run, sizeof(int32_t) * (size_t)e->runs);
+    if (by_service(&m->policy, &m->jobs)) /* of sizes as they are estimated: another order */
+        engine_sort(m);
     m->lease_at = e->policy.artifact ? INFINITY : e->lease_at;
+    m->lease_growth = e->policy.artifact ? 0 : PLAY_OUT_GROWTH;
+    m->begin = from->now;
     return engine_run(m, NULL, NULL, NULL) == 0 ? to->now : INFINITY;
 }

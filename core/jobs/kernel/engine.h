@@ -13,7 +13,7 @@ typedef struct { /* everything one run changes; one block of memory, see engine_
     double *rate, *stall, *since, *saved; /* saved: time of the last checkpoint */
     double *area0, *submitted;
     int runs, next, target;
-    double lease_at, area, random;
+    double lease_at, lease_growth, begin, area, random; /* begin: of a play-out */
     const double *failure; /* (failures, 2): time, change of capacity in GPUs; rising times */
     int failures, next_failure;
     uint64_t seed;

@@ -13,6 +13,8 @@
 
 #define NEAR 1e-9 /* GPUs: amounts closer than this are equal, else fractions cause empty passes */
 
+#define PLAY_OUT_GROWTH .02 /* of a play-out's leases, by the time since its beginning */
+
 enum { FIFO, SRSF, THEMIS, AFS, MAXMIN, WFQ };
 enum { ACTIVE = 1, STARTED = 2, PREEMPTED = 4, HELD = 8 }; /* HELD: waits for its owner's quota */
 
@@ -56,9 +58,10 @@ typedef struct { /* scratch of the allocator and its answer */
     int32_t *job;
     double *amount;
     int count;
-    double *share, *rank; /* (max(classes, n),) each */
+    double *share, *rank, *work; /* (max(classes, n),) each */
     int32_t *slot;
     uint8_t *done;
+    double bar; /* a hint from one decision to the next, without effect on what it says */
 } Grants;
 
 static inline double speed_at(const Jobs *jobs, int j, double gpus)
@@ -90,6 +93,12 @@ static inline int least(const Jobs *jobs, int j) /* whole GPUs a start takes */
 static inline double mean_contention(const State *state, int j)
 {
     return (state->contention0[j] + state->seen) / (state->events0[j] + state->events);
+}
+
+/* Whole GPUs by max-min go to those served least so far. */
+static inline int by_service(const Policy *policy, const Jobs *jobs)
+{
+    return policy->kind == MAXMIN && (policy->integral || jobs->gangs);
 }
 
 double order_key(const Policy *policy, const Jobs *jobs, const State *state, int j);

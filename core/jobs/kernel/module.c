@@ -18,7 +18,7 @@ static const char LENGTH[] = "nnnnnnttccnnnnnnnnxnnnnnnnnsroq";
 static const char ITEM[] = "8888448888188888818188888888848"; /* bytes an item */
 enum {
     KIND, INTEGRAL, ARTIFACT, ZETA, DELTA, LEASE, START_COST, RESIZE_COST, PREEMPT_COST, MIN_RUNTIME,
-    CHECKPOINT, CAPACITY, NOW, SEED, TARGET, WIDTH, REVIEW_EVERY, NUMBERS
+    CHECKPOINT, CAPACITY, NOW, SEED, TARGET, WIDTH, REVIEW_EVERY, LEASE_GROWTH, NUMBERS
 };
 
 static Py_ssize_t review_items(Py_ssize_t n, double every)
@@ -142,6 +142,8 @@ static int drive(int mode, const Policy *policy, const Jobs *jobs, void **a, con
     engine.seed = (uint64_t)numbers[SEED];
     engine.target = (int)numbers[TARGET];
     engine.lease_at = numbers[NOW] + numbers[LEASE];
+    engine.lease_growth = numbers[LEASE_GROWTH];
+    engine.begin = numbers[NOW];
     engine.failure = a[FAILURE];
     engine.failures = failures;
     engine.finish = a[OUT_FINISH];

@@ -129,6 +129,15 @@ class EventStream(Prepared):
             raise ConnectionResetError("the client left")
         transport.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._in_chunks else data)
 
+    def put_chunk(self, chunk: bytes) -> bool:
+        """Send a chunk with its lines (RFC 9112, section 7.1) as it is; False where this answer is
+        not sent in chunks or the client left."""
+        transport = self._transport
+        if not self._in_chunks or transport.is_closing():
+            return False
+        transport.write(chunk)
+        return True
+
     async def drain(self) -> None:
         if self._writer is not None:
             await self._writer.drain()

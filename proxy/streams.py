@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import orjson
@@ -23,9 +24,15 @@ from intentd.proxy.outgoing import EventStream, WholeResponse
 
 
 class Relaying(Protocol):
-    """What turns a provider's events into bytes for the client. size_bytes: taken so far."""
+    """What turns a provider's events into bytes for the client.
+
+    size_bytes: taken so far. passed: counts events that need no turning; None where all do.
+    """
 
     size_bytes: int
+
+    @property
+    def passed(self) -> Callable[[int], None] | None: ...
 
     def take(self, events: list[Event]) -> bytes: ...
 
@@ -55,7 +62,7 @@ async def pass_stream(
             )
         )
         try:
-            await stream.forward(relay.take, response)
+            await stream.forward(relay.take, response, relay.passed)
         except UpstreamError as error:
             attempt.failed(error, relay.size_bytes)
             exchange.outcome = f"upstream_{error.kind}"
@@ -208,6 +215,9 @@ class Relay:
         self._last: Event | None = None
         self.size_bytes = 0
 
+    def passed(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+
     def take(self, events: list[Event]) -> bytes:
         """The bytes to send on. The usage chunk waits for [DONE]: it carries the metadata."""
         out: list[bytes] = []
@@ -259,6 +269,7 @@ class RenderRelay:
         self.usage: Usage | None = None
         self.last: Event | None = None
         self.size_bytes = 0
+        self.passed = None
 
     def take(self, events: list[Event]) -> bytes:
         out: list[bytes] = []

@@ -88,6 +88,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Callable[[], None] | None = None
+        self._direct: Callable[[bytes], bool] | None = None
         self._failure: Exception | None = None
         self._keep = True
         self._whole = False
@@ -161,9 +162,16 @@ class Connection(asyncio.Protocol):
             raise self._failure
         return None
 
-    def push_to(self, sink: Callable[[], None] | None) -> None:
-        """Have sink called whenever there is something to take, in place of waking a reader."""
+    def push_to(
+        self, sink: Callable[[], None] | None, direct: Callable[[bytes], bool] | None = None
+    ) -> None:
+        """Have sink called whenever there is something to take, in place of waking a reader.
+
+        direct: offered what came with its chunk's lines, where a chunk begins and nothing waits;
+        True: it took it, which it may only where that is one whole chunk (RFC 9112, section 7.1).
+        """
         self._sink = sink
+        self._direct = direct
 
     def hold(self, *, held: bool) -> None:
         """Stop or go on reading from the provider."""
@@ -192,7 +200,7 @@ class Connection(asyncio.Protocol):
         if self._whole and self._keep and not self.closed and not self._paused:
             self._parts.clear()
             self._failure = None
-            self._sink = None
+            self._sink = self._direct = None
             self._phase = self.IDLE
             self.idle_since_s = self._loop.time()
             self._pool.give_back(self._key, self)
@@ -200,7 +208,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def close(self) -> None:
-        self._sink = None
+        self._sink = self._direct = None
         if not self.closed:
             self.closed = True
             self._pool.gone()
@@ -226,6 +234,14 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase
+        direct = self._direct
+        if (
+            direct is not None
+            and phase == self.CHUNKED
+            and not (self._left or self._rest or self._parts or self._trailer)
+            and direct(data)
+        ):
+            return
         try:
             if phase == self.CHUNKED:
                 self._feed_chunks(data)

@@ -216,7 +216,12 @@ class LitellmStream:
         except TimeoutError:
             raise self._upstream._too_slow() from None
 
-    async def forward(self, take: Callable[[list[Event]], bytes], out: Output) -> None:
+    async def forward(
+        self,
+        take: Callable[[list[Event]], bytes],
+        out: Output,
+        _passed: Callable[[int], None] | None = None,
+    ) -> None:
         """Send all that comes on to `out`, as take() words it. Raises UpstreamError and whatever
         out raises."""
         while events := await self.read():

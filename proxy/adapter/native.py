@@ -320,6 +320,9 @@ class Output(Protocol):
 
     def put(self, data: bytes) -> None: ...
 
+    def put_chunk(self, chunk: bytes) -> bool:
+        """Send a chunk of HTTP with its lines as it is; False where that cannot be."""
+
     async def drain(self) -> None: ...
 
 
@@ -404,12 +407,20 @@ class UpstreamStream:
                 async with asyncio.timeout(0.05):
                     await self._content.readany()
 
-    async def forward(self, take: Callable[[list[Event]], bytes], out: Output) -> None:
+    async def forward(
+        self,
+        take: Callable[[list[Event]], bytes],
+        out: Output,
+        passed: Callable[[int], None] | None = None,
+    ) -> None:
         """Send all that comes on to `out`, as take() words it, until [DONE]. Raises UpstreamError
         and whatever out raises.
 
         Events are passed on in the callback that received them: waking this task for each would
         cost a third of a chunk. It wakes when the client is slow, and at the end.
+
+        passed: where take() would change nothing of an event that neither ends an answer nor
+        tells tokens, one that comes as a chunk of its own goes on as that chunk; told its bytes.
         """
         content, loop = self._content, self._loop
         woken: asyncio.Future[None] = loop.create_future()
@@ -425,6 +436,18 @@ class UpstreamStream:
             except Exception as error:  # noqa: BLE001  it is raised where it is waited for
                 woken.set_exception(error)
 
+        def direct(chunk: bytes) -> bool:
+            if woken.done() or self._splitter.begun or passed is None:
+                return False
+            size_bytes = _plain_event_bytes(chunk)
+            if not size_bytes or not out.put_chunk(chunk):
+                return False
+            passed(size_bytes)
+            self._since_s = loop.time()
+            if out.full:
+                woken.set_result(None)
+            return True
+
         try:
             self._pass_on(await self.read(), take, out)
             while not self.done:
@@ -436,7 +459,7 @@ class UpstreamStream:
                 self._since_s = loop.time()
                 self._reading = True
                 woken = loop.create_future()
-                content.push_to(receive)
+                content.push_to(receive, direct if passed is not None else None)
                 receive()  # what came meanwhile
                 await woken
         except _FAILURES as error:
@@ -504,6 +527,36 @@ class UpstreamStream:
                 if isinstance(choice, dict) and choice.get("finish_reason") is not None:
                     index = choice.get("index", 0)
                     self._finished.add(index if isinstance(index, int) else 0)
+
+
+def _plain_event_bytes(chunk: bytes) -> int:
+    """Size of the event in a chunk of HTTP that is one whole event of an answer under way; 0 for
+    anything else: that is read with care.
+
+    Most of a stream are such chunks, and this is most of what they cost.
+    """
+    start = chunk.find(b"\r\n", 0, 18) + 2
+    size_bytes = len(chunk) - start - 4
+    if (
+        size_bytes < 8
+        or chunk[:start] != b"%x\r\n" % (size_bytes + 2)
+        or chunk[start : start + 6] != b"data: "
+        or chunk[-4:] != b"\n\n\r\n"
+    ):
+        return 0
+    try:
+        value = orjson.loads(chunk[start + 6 : -4])
+    except orjson.JSONDecodeError:
+        return 0
+    if type(value) is not dict or value.get("usage") is not None or "error" in value:
+        return 0
+    choices = value.get("choices")
+    if type(choices) is not list:
+        return 0
+    for choice in choices:
+        if type(choice) is not dict or choice.get("finish_reason") is not None:
+            return 0
+    return size_bytes
 
 
 def _error_object(name: str, error: object, *, billed: bool) -> UpstreamError:

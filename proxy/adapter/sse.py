@@ -40,6 +40,11 @@ class EventSplitter:
         return [rest] if rest == b"data: " + DONE or rest == b"data:" + DONE else []
 
     @property
+    def begun(self) -> bool:
+        """Whether bytes of a next event have come."""
+        return bool(self._rest)
+
+    @property
     def pending(self) -> bool:
         """Whether part of an event is held back."""
         return bool(self._rest.strip())

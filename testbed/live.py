@@ -130,7 +130,7 @@ async def keep(name: str, work: Callable[[], Awaitable[None]]) -> None:
             await work()
         except (OSError, aiohttp.ClientError, AdminRefusedError, AdminUnreachableError,
                 TimeoutError, ValueError) as error:  # fmt: skip
-            text = f"{name}: {error or type(error).__name__}"[:300]
+            text = f"{name}: {type(error).__name__}: {error}"[:300]
             if text != said:
                 print(text, file=sys.stderr, flush=True)
             said = text

@@ -143,5 +143,27 @@ reproduce-prompts: $(STAMP)  ## decisions on recorded outcomes beside published 
 	$(BIN)/python -m benchmarks.prompts_decisions --data $(LLM_DATA) --out results/prompts --json > results/prompts.json
 	@cat results/prompts/figures.md
 
+# What builds and describes packages, itself locked: an environment of its own.
+TOOLS := $(VENV)-tools
+TOOLS_STAMP := $(TOOLS)/.installed
+$(TOOLS_STAMP): packaging/locks/tools.txt packaging/locks/hashes.txt packaging/locks.py
+	$(PYTHON) -m venv $(TOOLS)
+	$(PYTHON) packaging/locks.py export tools > $(TOOLS)/tools.txt
+	$(TOOLS)/bin/pip install --quiet --progress-bar off --disable-pip-version-check --no-compile --require-hashes --requirement $(TOOLS)/tools.txt
+	touch $@
+
+.PHONY: dist deb test-deb locks
+dist: $(TOOLS_STAMP)  ## sdist and wheel in dist/
+	$(TOOLS)/bin/python -m build --outdir dist .
+
+deb: $(TOOLS_STAMP)  ## the Debian package in dist/ (DEB_VERSION=OTHER)
+	@packaging/build-deb $(abspath $(TOOLS)/bin/python)
+
+test-deb: deb  ## the package in a minimal Debian: install, run, upgrade, remove, purge (as root)
+	packaging/test-deb $$(ls -t dist/intentd_*.deb | head -1)
+
+locks: | $(TOOLS_STAMP)  ## exact versions and hashes of every extra anew (packaging/locks)
+	UV=$(abspath $(TOOLS)/bin/uv) $(PYTHON) packaging/locks.py update
+
 clean:  ## remove what builds and runs left behind
-	rm -rf $(VENV) $(SDK) $(LITELLM) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SDK) $(LITELLM) $(TOOLS) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -102,6 +102,9 @@ def config(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="The table of docs/operations.md.")
     ] = False,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="A file that says every setting, all commented out.")
+    ] = False,
     update: Annotated[
         Path | None, typer.Option(help="Replace the role's table in this Markdown document.")
     ] = None,
@@ -109,6 +112,7 @@ def config(
 ) -> None:
     """List a role's settings: path, type, default, description. Role common: what all share."""
     from intentd.daemons.kit.config import describe, with_settings
+    from intentd.daemons.kit.config_example import example
 
     if running:
         print_json(admin_client(role).call("config"))
@@ -118,6 +122,9 @@ def config(
         return
     if markdown:
         print(settings_table(role), end="")
+        return
+    if toml:
+        print(example(config_model(role), role), end="")
         return
     rows = list(describe(config_model(role)))
     if as_json:

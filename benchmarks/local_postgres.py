@@ -46,13 +46,14 @@ class Postgres:
     """start() and stop() as often as wanted; close() removes it. Not durable against a power cut
     (fsync off) unless durable is set: its own kill -9 loses nothing either way."""
 
-    def __init__(self, *, durable: bool = False) -> None:
+    def __init__(self, *, durable: bool = False, base: Path | None = None) -> None:
+        """base: an empty directory to live in, by default one of its own under /tmp."""
         where = binaries()
         assert where is not None
         self._bin = where
         self._process: subprocess.Popen[bytes] | None = None
         # Short: a Unix socket's path has 107 bytes. Not pytest's: another user must get there.
-        self.base = Path(tempfile.mkdtemp(prefix="ipg-", dir="/tmp"))
+        self.base = base or Path(tempfile.mkdtemp(prefix="ipg-", dir="/tmp"))
         self._options: dict[str, Any] = {}
         if os.geteuid() == 0:
             user = _other_user()
@@ -73,6 +74,7 @@ class Postgres:
                     f"listen_addresses = ''\nunix_socket_directories = '{self.base}'\n"
                     f"fsync = {'on' if durable else 'off'}\nshared_buffers = 64MB\n"
                     "max_connections = 60\nautovacuum_naptime = 10s\n"
+                    + ("max_wal_size = 64MB\n" if base is not None else "")
                 )
             self.start()
         except BaseException:
@@ -107,6 +109,18 @@ class Postgres:
             self._process.send_signal(number)
             self._process.wait(60)
             self._process = None
+
+    def ended(self) -> bool:
+        """Whether it is not there, by itself or stopped."""
+        return self._process is None or self._process.poll() is not None
+
+    def pids(self) -> list[int]:
+        """The server and its processes."""
+        if self._process is None:
+            return []
+        own = self._process.pid
+        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        return [own, *map(int, children)]
 
     def empty(self) -> None:
         """Drop every table of ours."""

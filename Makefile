@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SUITE := $(VENV)/.installed-suite
 export PYTHONPATH := src
 
-.PHONY: reproduce-prompts small-model demo-prompts demo-jobs help up down test test-unit test-real lint format bench reproduce clean venv
+.PHONY: chaos soak reproduce-prompts small-model demo-prompts demo-jobs help up down test test-unit test-real lint format bench reproduce clean venv
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -164,6 +164,15 @@ test-deb: deb  ## the package in a minimal Debian: install, run, upgrade, remove
 
 locks: | $(TOOLS_STAMP)  ## exact versions and hashes of every extra anew (packaging/locks)
 	UV=$(abspath $(TOOLS)/bin/uv) $(PYTHON) packaging/locks.py update
+
+# An hour, as root: processes in network namespaces. One fault again: CHAOS="--seed 1 --only 41..42".
+FAULTS ?= 500
+chaos: $(STAMP) system kernel  ## faults against the whole suite under load (FAULTS=20, CHAOS="--seed 2")
+	$(BIN)/python -m benchmarks.chaos --faults $(FAULTS) --out results/chaos $(CHAOS)
+
+soak: $(STAMP) system kernel  ## memory of every daemon over half an hour (MINUTES=120)
+	@mkdir -p results
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --out results/soak --json > results/soak.json
 
 clean:  ## remove what builds and runs left behind
 	rm -rf $(VENV) $(SDK) $(LITELLM) $(TOOLS) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,7 +39,10 @@ FILES_BAR: Final = 8
 EVERY_S: Final = 5.0
 # What a daemon keeps on purpose is full within minutes of this load.
 SETTINGS: Final = {
-    "controller": {"flows": {"window_flows": 3000, "keep_flows": 1000}, "jobs": {"window_jobs": 200}},
+    "controller": {
+        "flows": {"window_flows": 3000, "keep_flows": 1000},
+        "jobs": {"window_jobs": 200},
+    },
     "agent": {},
     "gpu": {"output": {"keep_jobs": 50}},
     "proxy": {

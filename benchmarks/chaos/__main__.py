@@ -20,8 +20,8 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.chaos.campaign import Campaign, Options
-from benchmarks.chaos.members import ended_in_order
 from benchmarks.chaos.faults import KINDS, kinds_here
+from benchmarks.chaos.members import ended_in_order
 from benchmarks.chaos.report import write
 from benchmarks.local_postgres import why_not
 from intentd.testbed import netns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import random
 import statistics
 import sys
@@ -27,8 +26,8 @@ APPLICATIONS: Final = ("flows", "jobs", "prompts")
 FOLLOWS: Final = {"agent": ("flows",), "gpu": ("jobs",), "proxy": ("prompts",)}
 START_S: Final = 120.0
 RECOVER_S: Final = 60.0
-# What the load must have seen in this time, once everything is well again.
-QUIET_S: Final = 60.0
+# No prompt answered for so long while nothing is wrong: they stall.
+SILENT_S: Final = 30.0
 TELL_S: Final = 10.0
 _LOOK_S: Final = 0.1
 
@@ -122,7 +121,9 @@ class Campaign:
 
     async def _play(self) -> None:
         """One after the other; some together with the next."""
-        drawn = [draw(self.options.seed, number, self.options.kinds) for number in self.options.only]
+        drawn = [
+            draw(self.options.seed, number, self.options.kinds) for number in self.options.only
+        ]
         index = 0
         while index < len(drawn):
             group = [drawn[index]]
@@ -143,7 +144,7 @@ class Campaign:
         except TimeoutError:
             self._violated("machinery", f"{group[0]} could not be taken back")
         healed = time.monotonic()
-        late = await self._settled(RECOVER_S)
+        late = await self._settled(RECOVER_S) or await self._served(healed)
         recovered_s = None if late else time.monotonic() - healed
         for fault in group:
             self.rows.append(Row(fault, healed - began, recovered_s, late))
@@ -194,6 +195,15 @@ class Campaign:
                 say(f"waiting: {why}")
             await asyncio.sleep(_LOOK_S)
 
+    async def _served(self, healed_s: float) -> str:
+        """Until a prompt was answered that came after; else since when there was none."""
+        until_s = time.monotonic() + SILENT_S
+        while self.users.last_ok_s < healed_s:
+            if time.monotonic() > until_s:
+                return f"no prompt was answered for {SILENT_S:.0f} s"
+            await asyncio.sleep(_LOOK_S)
+        return ""
+
     async def _newest(self) -> dict[str, list[int]]:
         found = {}
         with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
@@ -236,9 +246,7 @@ class Campaign:
                 return f"{member.label} runs {name} {runs}, the newest is {wanted}"
             if runs is not None:
                 if runs < member.newest.get(name, runs):
-                    self._violated(
-                        "policies", f"{member.label} went back to {name} {runs}"
-                    )
+                    self._violated("policies", f"{member.label} went back to {name} {runs}")
                 member.newest[name] = runs
         if member.role == "agent":
             for domain in status["detail"]["domains"].values():
@@ -364,14 +372,12 @@ class Campaign:
 def _apart(one: Fault, other: Fault) -> bool:
     """Two faults of one thing cannot be taken back apart from each other."""
     single = {one.kind, other.kind}
-    return one.target != other.target and not single <= {"postgres", "postgres disk"} and (
-        "both" not in (one.target, other.target) or single != {"provider"}
+    return (
+        one.target != other.target
+        and not single <= {"postgres", "postgres disk"}
+        and ("both" not in (one.target, other.target) or single != {"provider"})
     )
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def share(value: float) -> float:
-    return value if math.isfinite(value) else 0.0

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,14 +128,12 @@ class Faults:
             member.hold.set()
 
     async def _restored(self, name: str) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_RESTORED_S):
-                while await asyncio.to_thread(self.world.qdiscs, name) != (
-                    self.world.found_qdiscs[name]
-                ):
-                    await asyncio.sleep(0.1)
+        found, until_s = self.world.found_qdiscs[name], time.monotonic() + _RESTORED_S
+        while await asyncio.to_thread(self.world.qdiscs, name) != found:
+            if time.monotonic() > until_s:
+                self.wrong.append(f"{name}: qdiscs not restored {_RESTORED_S:.0f} s after kill -9")
                 return
-        self.wrong.append(f"{name}: qdiscs were not restored {_RESTORED_S:.0f} s after kill -9")
+            await asyncio.sleep(0.1)
 
     async def _stop(self, fault: Fault) -> None:
         member = self.world.member(fault.target)

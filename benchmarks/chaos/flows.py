@@ -152,7 +152,9 @@ class Flows:
         """No more arrivals matter; those under way end."""
         until_s = time.monotonic() + COMPLETE_S
         waited = set(self.open)
-        while waited & set(self.open) and time.monotonic() < until_s:
+        while time.monotonic() < until_s:
+            if not waited & set(self.open):
+                break
             await asyncio.sleep(0.2)
         left = waited & set(self.open)
         self.over.set()

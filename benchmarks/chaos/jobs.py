@@ -17,6 +17,7 @@ from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
 OVER: Final = ("finished", "failed", "cancelled")
 ACTIVE: Final = 4
 FINISH_S: Final = 180.0
+SOURCE: Final = str(Path(intentd.__file__).resolve().parents[1])
 
 
 @dataclass(eq=False)
@@ -62,7 +63,6 @@ class Jobs:
         name = f"job{len(self.accepted) + len(self.unheard)}"
         where = self.work / name
         where.mkdir()
-        source = Path(intentd.__file__).resolve().parents[1]
         try:
             made = await self.member.ask(
                 "jobs.submit",
@@ -72,7 +72,7 @@ class Jobs:
                     f"{work_gpu_s:.3f}",
                 ],
                 workdir=str(where),
-                env={"PYTHONPATH": str(source)},
+                env={"PYTHONPATH": SOURCE},
                 size_gpu_s=work_gpu_s,
                 max_gpus=most,
                 retries=100,

@@ -24,13 +24,16 @@ REQUEST_TIMEOUT_S: Final = 20.0
 THINK_S: Final = 0.5
 BUDGET_CALLS: Final = 60
 RESERVATION_NANO: Final = CAP_TOKENS * PRICE_OUT_NANO + 400 * PRICE_IN_NANO
+# Never spent; but without a budget nothing is reserved, and a kill -9 leaves what is under way
+# unbooked.
+TALKER_BUDGET_NANO: Final = 10**12
 SETTLE_S: Final = 60.0
 KEY_KNOWN_S: Final = 90.0
 
 
 @dataclass
 class Key:
-    """One key. budget_nano 0: none. busy: requests under way."""
+    """One key. busy: requests under way."""
 
     name: str
     secret: str
@@ -89,12 +92,11 @@ class Users:
         while True:
             self._made += 1
             name = f"k{self._made}"
-            limit = [{"unit": "dollars", "limit": f"{budget_nano / 1e9:.9f}"}]
+            grants = {"budgets": [{"unit": "dollars", "limit": f"{budget_nano / 1e9:.9f}"}]}
             for member in self.world.of("proxy"):
                 if not member.pid or member.frozen:
                     continue
                 with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
-                    grants = {"budgets": limit} if budget_nano else {}
                     made = await member.ask("keys.new", name=name, grants=grants)
                     key = Key(name, made["secret"], budget_nano, time.monotonic())
                     self.keys.append(key)
@@ -106,7 +108,7 @@ class Users:
     async def _talk(self, number: int) -> None:
         """Every attempt is a prompt of its own; what was answered must be kept, in its place."""
         rng = drawn(self.seed, "talker", number)
-        key = await self.new_key(0)
+        key = await self.new_key(TALKER_BUDGET_NANO)
         part = 0
         while not self.over.is_set():
             conversation = f"conversation-{number}-{part}"
@@ -264,7 +266,7 @@ class Users:
         for key in self.keys:
             bill = self.providers.nano[key.name]
             spent = accounts.get(key.name, {"spent": 0})["spent"]
-            if key.budget_nano and bill > key.budget_nano:
+            if bill > key.budget_nano:
                 wrong.append(f"{key.name}: billed {bill} of a budget of {key.budget_nano}")
             if spent < bill:
                 wrong.append(f"{key.name}: the ledger has {spent}, the bill is {bill}")
@@ -280,7 +282,7 @@ class Users:
         return [
             f"{key.name}: billed {self.providers.nano[key.name]} of {key.budget_nano}"
             for key in self.keys
-            if key.budget_nano and self.providers.nano[key.name] > key.budget_nano
+            if self.providers.nano[key.name] > key.budget_nano
         ]
 
 

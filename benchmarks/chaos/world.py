@@ -123,9 +123,7 @@ class World:
     async def link(self, who: str, whom: str, target: tuple[str, int] | str) -> tuple[str, int]:
         """A relay of its own from who to whom; where who finds it."""
         self._ports += 1
-        made = TcpLink(
-            f"{who}>{whom}", self.spaces["relay"], self.ip("relay"), self._ports, target
-        )
+        made = TcpLink(f"{who}>{whom}", self.spaces["relay"], self.ip("relay"), self._ports, target)
         await made.start()
         self.tcp[made.name] = made
         return made.address, made.port
@@ -138,9 +136,7 @@ class World:
         write_fin_key(self.root / "fin.key", new_fin_key())
         hears = [(self.ip(name), _FIN) for name in ("s", "h1", "h2")]
         rng = random.Random(f"{self.seed}/fins")
-        self.fins = UdpLink(
-            "fins", self.spaces["relay"], self.ip("relay"), _FIN, hears, rng
-        )
+        self.fins = UdpLink("fins", self.spaces["relay"], self.ip("relay"), _FIN, hears, rng)
         await self.fins.start()
         makers: dict[str, Callable[[Member], Any]] = {
             "controller": self._controller, "sequencer": self._sequencer, "agent": self._agent,
@@ -176,9 +172,7 @@ class World:
                 "thresholds_interval_s": 3.0,
                 "rates_interval_s": 3.0,
                 "default_rate": RATE_BPS,
-                "domains": [
-                    {"domain": DOMAIN, "sequencing": "global", "max_wait": MAX_WAIT_S}
-                ],
+                "domains": [{"domain": DOMAIN, "sequencing": "global", "max_wait": MAX_WAIT_S}],
             },
             "jobs": {"search": False},
         }
@@ -265,9 +259,7 @@ class World:
 
     def start(self, tasks: asyncio.TaskGroup) -> None:
         for member in self.members:
-            self._keepers.append(
-                tasks.create_task(member.keep(), name=f"keep {member.label}")
-            )
+            self._keepers.append(tasks.create_task(member.keep(), name=f"keep {member.label}"))
 
     def member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)
@@ -329,7 +321,7 @@ def remove_stale() -> None:
         found = _STALE.match(path.name)
         if found is None or Path(f"/proc/{found[1]}").exists():
             continue
-        for mount in sorted(path.glob("*/state")) + [path / "pg"]:
+        for mount in [*sorted(path.glob("*/state")), path / "pg"]:
             if mount.is_mount():
                 subprocess.run(["umount", "--lazy", mount], check=False, timeout=20)
         shutil.rmtree(path, ignore_errors=True)

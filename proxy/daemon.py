@@ -44,7 +44,7 @@ from intentd.proxy.feedback import FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.learned import load_learned
 from intentd.proxy.metrics import ProxyMetrics
-from intentd.proxy.routing import Routing, explain_route, load_routing
+from intentd.proxy.routing import Foreteller, Routing, explain_route, load_routing
 from intentd.proxy.server import Api
 from intentd.proxy.service import offered_types
 from intentd.proxy.state import open_state
@@ -291,7 +291,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             api.driver.pool = pool
             state.reload(config)
             self._routing = routing
-            api.driver.router = routing.router if routing is not None else None
+            api.driver.foreteller = Foreteller(routing.router) if routing is not None else None
             api.driver.warmth.keep_s = config.upstream.prompt_cache_s
             api.driver.agreement = learned.agreement
             api.log.most = api.memory.most = config.records.recent

@@ -18,10 +18,12 @@ from intentd.core.prompts.effects import (
     Done,
     Effect,
     Embed,
+    Foretell,
     LoadContext,
     LookupCache,
     Message,
     Outcome,
+    Prediction,
     Prefetch,
     Purpose,
     Reply,
@@ -30,7 +32,7 @@ from intentd.core.prompts.effects import (
 )
 from intentd.core.prompts.health import HealthState
 from intentd.core.prompts.models import ModelPool
-from intentd.core.prompts.pipeline import Answer, Env, Request, Router, run
+from intentd.core.prompts.pipeline import Answer, Env, Request, run
 from intentd.core.prompts.request import Gate
 from intentd.core.prompts.service_types import ServiceType
 from intentd.proxy.adapter.native import Usage
@@ -42,6 +44,7 @@ from intentd.proxy.warmth import Warmth
 
 if TYPE_CHECKING:
     from intentd.proxy.cache.part import CachePart
+    from intentd.proxy.routing import Foreteller
 
 T = TypeVar("T")
 # Answers one streamed call to the client as it comes; Reply or CallFailed when it is over.
@@ -57,7 +60,7 @@ class Driver:
         self.pool = ModelPool(())
         self.conversations = conversations
         self.cache: CachePart | None = None
-        self.router: Router | None = None
+        self.foreteller: Foreteller | None = None
         self.agreement: AgreementModel = PRIOR_AGREEMENT
         self.warmth = Warmth(engine.clock, engine.section.prompt_cache_s)
         self._engine = engine
@@ -136,7 +139,8 @@ class Driver:
             raise ApiError(502, f"{model}: no embeddings in the answer") from None
 
     def _env(self, down: frozenset[str], gate: Gate | None) -> Env:
-        return Env(self.pool, down=down, gate=gate, router=self.router, agreement=self.agreement)
+        routed = self.foreteller is not None
+        return Env(self.pool, down=down, gate=gate, routed=routed, agreement=self.agreement)
 
     async def remember(
         self,
@@ -200,6 +204,10 @@ class Driver:
                 exchange.key.key_id, effect.conversation, effect.without
             )
             return ContextLoaded(tuple(messages))
+        if isinstance(effect, Foretell):
+            if self.foreteller is None:  # gone by a reload since the pipeline began
+                return Prediction(0.0, known=False)
+            return await self.foreteller.predict(effect)
         return _NO_CACHE
 
     async def _call(

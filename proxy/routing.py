@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
 from intentd.core.errors import ConfigError, InputError
+from intentd.core.prompts.effects import Foretell, Prediction
 from intentd.core.prompts.models import ModelPool, ordered
-from intentd.core.prompts.pipeline import Prediction, Router
 from intentd.core.prompts.service_types import ModelStage, ServiceType
 from intentd.proxy.cache.available import missing_parts
 from intentd.proxy.config import RouterSection
+
+REMEMBERED: Final = 1024
+REMEMBERED_CHARS: Final = 4000
+
+
+class Router(Protocol):
+    """See core.prompts.router.LearnedRouter."""
+
+    def predict(self, prompt: str, weak: str, strong: str) -> Prediction: ...
+
+
+class Foreteller:
+    """Asks a router in a thread of its own: embedding a long prompt takes tens of milliseconds,
+    in which the loop would serve nobody. What was foretold lately is known."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="router")
+        self._recent: OrderedDict[Foretell, Prediction] = OrderedDict()
+
+    async def predict(self, asked: Foretell) -> Prediction:
+        known = self._recent.get(asked)
+        if known is not None:
+            self._recent.move_to_end(asked)
+            return known
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._router.predict, asked.prompt, asked.weak, asked.strong
+        )
+        if len(asked.prompt) <= REMEMBERED_CHARS:
+            self._recent[asked] = found
+            if len(self._recent) > REMEMBERED:
+                self._recent.popitem(last=False)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from intentd.core.prompts.context import chat_texts
 from intentd.core.prompts.effects import (
     CallFailed,
     Effect,
+    Foretell,
     Outcome,
+    Prediction,
     Prefetch,
     Purpose,
     Reply,
@@ -27,7 +29,7 @@ from intentd.core.prompts.models import (
     ordered,
     without,
 )
-from intentd.core.prompts.request import PipelineError, Prediction
+from intentd.core.prompts.request import PipelineError
 from intentd.core.prompts.service_types import ModelStage
 from intentd.core.prompts.steps import Steps
 from intentd.core.prompts.stickiness import held_tokens, weigh_switch
@@ -255,8 +257,10 @@ class ModelSteps(Steps):
         strong = self.named_or(stage.second) or ordered("dearest")(candidates)[0]
         weak = self.named_or(stage.first) or ordered("cheapest")(candidates)[0]
         prediction = Prediction(0.0, known=False)
-        if self.env.router is not None and weak.name != strong.name:
-            prediction = self.env.router.predict(self.request.prompt, weak.name, strong.name)
+        if self.env.routed and weak.name != strong.name:
+            outcome = yield Foretell(self.request.prompt, weak.name, strong.name)
+            assert isinstance(outcome, Prediction)
+            prediction = outcome
         self.trace.threshold = stage.threshold
         self.trace.predicted_gain = round(prediction.gain, 4)
         self.trace.router_known = prediction.known

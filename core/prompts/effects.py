@@ -144,6 +144,15 @@ class Embed:
 
 
 @dataclass(frozen=True, slots=True)
+class Foretell:
+    """What the dear model is expected to gain on a prompt. Outcome: Prediction."""
+
+    prompt: str
+    weak: str
+    strong: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prefetch:
     """Answer this later, in the background, and cache it. Outcome: Done, at once.
 
@@ -159,7 +168,7 @@ class Prefetch:
     history: tuple[Message, ...] = ()
 
 
-Effect = CallModel | Together | LookupCache | StoreCache | LoadContext | Embed | Prefetch
+Effect = CallModel | Together | LookupCache | StoreCache | LoadContext | Embed | Foretell | Prefetch
 
 
 # -- outcomes --------------------------------------------------------------------------------------
@@ -234,6 +243,14 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the router expects of the dear model over the cheap one. known: it has seen such."""
+
+    gain: float
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The effect is under way or done; nothing to say. error: why it was not, for metadata."""
 
@@ -246,6 +263,7 @@ Outcome = (
     | CacheFound
     | ContextLoaded
     | Embedded
+    | Prediction
     | Done
     | tuple["Reply | CallFailed | CacheFound | ContextLoaded | Embedded | Done", ...]
 )

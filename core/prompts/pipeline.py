@@ -16,9 +16,7 @@ from intentd.core.prompts.request import (
     Gate,
     Pipeline,
     PipelineError,
-    Prediction,
     Request,
-    Router,
     Verdict,
 )
 from intentd.core.prompts.service_types import (
@@ -36,9 +34,7 @@ __all__ = [
     "Gate",
     "Pipeline",
     "PipelineError",
-    "Prediction",
     "Request",
-    "Router",
     "Verdict",
     "relevance_word",
     "run",

@@ -29,18 +29,6 @@ class PipelineError(IntentdError):
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the router expects of the dear model over the cheap one. known: it has seen such."""
-
-    gain: float
-    known: bool
-
-
-class Router(Protocol):
-    def predict(self, prompt: str, weak: str, strong: str) -> Prediction: ...
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """The second gate's word on a stored item. reason: what spoke against it."""
 
@@ -59,12 +47,13 @@ def _rough_tokens(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Env:
-    """What a pipeline knows beside the request. down: models that cool off."""
+    """What a pipeline knows beside the request. down: models that cool off. routed: there is a
+    learned router to ask."""
 
     pool: ModelPool
     count_tokens: Callable[[str], int] = _rough_tokens
     down: frozenset[str] = frozenset()
-    router: Router | None = None
+    routed: bool = False
     gate: Gate | None = None
     agreement: cascade.AgreementModel = cascade.PRIOR_AGREEMENT
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from intentd.core.errors import InputError
-from intentd.core.prompts.pipeline import Prediction
+from intentd.core.prompts.effects import Prediction
 
 Array = npt.NDArray[np.float64]
 Embedder = Callable[[Sequence[str]], npt.NDArray[Any]]

@@ -8,6 +8,7 @@ room for newer ones; put objects never do: a put that does not fit is refused.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import secrets
 from collections import deque
@@ -119,7 +120,11 @@ class Cache:
         """The semantic half, built and filled when it is first asked for."""
         if self.semantic is not None or self._make_semantic is None:
             return self.semantic
-        semantic, self._make_semantic = self._make_semantic(), None
+        make = self._make_semantic
+        await asyncio.to_thread(_import_semantic)  # half a second in which others are served
+        if self._make_semantic is not make:
+            return self.semantic  # somebody else was first
+        semantic, self._make_semantic = make(), None
         semantic.recall(self._behind.kept.get(THRESHOLDS, ""))
         self.semantic = semantic  # from now on what is taken is indexed as it comes
         newest = self.hot.newest
@@ -551,6 +556,10 @@ class Cache:
             for entry in expired:
                 self._forget(entry)
             self.metrics.removed("ttl", len(expired))
+
+
+def _import_semantic() -> None:
+    importlib.import_module("intentd.proxy.cache.semantic")
 
 
 def new_id() -> str:

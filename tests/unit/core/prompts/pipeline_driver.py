@@ -15,10 +15,12 @@ from intentd.core.prompts.effects import (
     Effect,
     Embed,
     Embedded,
+    Foretell,
     LoadContext,
     LookupCache,
     Message,
     Outcome,
+    Prediction,
     Reply,
     Together,
 )
@@ -57,6 +59,7 @@ class Table:
         self.exact = tuple(exact)
         self.messages = tuple(messages)
         self.embed = embed
+        self.foretold = Prediction(0.0, known=False)
         self.seen: list[Effect] = []
 
     def calls(self) -> list[tuple[str, str]]:
@@ -83,6 +86,8 @@ class Table:
         if isinstance(effect, Embed):
             assert self.embed is not None
             return Embedded(tuple(self.embed(text) for text in effect.texts))
+        if isinstance(effect, Foretell):
+            return self.foretold
         return Done()
 
     def drive(self, steps: Generator[Effect, Outcome, Any]) -> Any:

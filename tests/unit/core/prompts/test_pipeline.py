@@ -18,9 +18,11 @@ from intentd.core.prompts.effects import (
     CacheItem,
     CallFailed,
     CallModel,
+    Foretell,
     LoadContext,
     LookupCache,
     Message,
+    Prediction,
     Prefetch,
     Purpose,
     Reply,
@@ -30,7 +32,6 @@ from intentd.core.prompts.pipeline import (
     Answer,
     Env,
     PipelineError,
-    Prediction,
     Request,
     Verdict,
     relevance_word,
@@ -221,19 +222,13 @@ def test_latency_answers_short_and_has_a_better_answer_prefetched() -> None:
 
 
 def test_the_router_decides_by_predicted_gain() -> None:
-    class Fixed:
-        def __init__(self, gain: float) -> None:
-            self.gain = gain
-
-        def predict(self, prompt: str, weak: str, strong: str) -> Prediction:
-            assert (weak, strong) == ("tiny", "large")
-            return Prediction(self.gain, known=True)
-
     for gain, model in ((0.4, "large"), (-0.1, "tiny")):
         table = Table()
+        table.foretold = Prediction(gain, known=True)
         made = with_options(BUILT_IN["router"], {"threshold": 0.2})
-        answer = table.drive(run(made, Request("hi"), replace(ENV, router=Fixed(gain))))
+        answer = table.drive(run(made, Request("hi"), replace(ENV, routed=True)))
         assert answer.trace.answered_by == model
+        assert table.seen[0] == Foretell("hi", "tiny", "large")
     assert go("router", Table()).trace.answered_by == "tiny"
 
 

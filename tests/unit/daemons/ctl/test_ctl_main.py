@@ -166,6 +166,7 @@ def test_a_recorded_process_is_the_same_only_with_its_start(tmp_path: Path) -> N
 
 def test_the_layout_of_a_suite(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "r", tmp_path / "s", tmp_path, 9000)
+    layout.prepare()
     assert layout.environment("controller")["INTENTD_CONTROLLER__HUB__BIND"] == (
         "tcp://127.0.0.1:9000"
     )

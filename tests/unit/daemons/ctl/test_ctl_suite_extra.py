@@ -13,11 +13,12 @@ from intentd.daemons.ctl.up import ROLES
 
 ROOT = Path(__file__).parents[4]
 STARTED = (
-    *(DAEMONS[role] for role in ROLES),
+    *(DAEMONS[role] for role in (*ROLES, "proxy")),
+    "intentd.controller.console.render",
     *(f"intentd.daemons.ctl.{name}" for name in (
         "main", "up", "status", "flows", "sim", "policy", "tc", "testbed", "jobs",
     )),
-    *(f"intentd.testbed.{name}" for name in ("main_job", "report", "runner")),
+    *(f"intentd.testbed.{name}" for name in ("live", "main_job", "report", "runner")),
 )  # fmt: skip
 IMPORTED_AS = {"pyyaml": "yaml", "pyzmq": "zmq"}
 

@@ -95,7 +95,7 @@ class Ledger:
         self.jobs: dict[int, Job] = {}
         self.counts: dict[State, int] = dict.fromkeys(State, 0)
         self.stale_events = 0
-        self.held: dict[int, str] = {}
+        self.held: dict[int, int] = {}  # by their owner's quota: how much of it was in use
         self._rules = rules or Rules()
         self._holding: dict[int, Job] = {}
         self._fresh: dict[int, Job] = {}
@@ -428,37 +428,29 @@ class Ledger:
         self.held.clear()
         if not self.rules.quotas:
             return most
-        left = {name: self.rules.quota(name) for name in self._owners}
+        names = list(self._owners)
+        left = np.array([self.rules.quota(name) for name in names] or [0], dtype=np.int64)
         for number in pinned:
-            owner = self.jobs[number].spec.owner
-            if owner in left:
-                left[owner] -= self.jobs[number].gpus
+            at = self._owners.get(self.jobs[number].spec.owner)
+            if at is not None:
+                left[at] -= self.jobs[number].gpus
+        capacity = np.array([self._room.get(name, 0) for name in self.types])
         rows = columns.rows()
         rows = rows[columns.owner[rows] >= 0]
-        able: list[int] = []
-        names = list(self._owners)
-        capacity = np.array([self._room.get(name, 0) for name in self.types])
         rows = rows[columns.smallest[rows] <= capacity[columns.pool[rows]]]
-        order = rows[np.argsort(columns.grant[rows] <= 0, kind="stable")]
-        for at in order.tolist():
-            number, owner = int(columns.ids[at]), names[columns.owner[at]]
-            if number in pinned:
-                continue
-            smallest, quota = int(columns.smallest[at]), self.rules.quota(owner)
-            if left[owner] < smallest:
-                most[at] = 0
-                self.held[number] = (
-                    f"quota of {owner}: {quota} GPUs, {quota - left[owner]} in use or promised, "
-                    f"needs {smallest}"
-                )
-                continue
-            left[owner] -= smallest
-            able.append(at)
-        for at in sorted(able):
-            owner, smallest = names[columns.owner[at]], int(columns.smallest[at])
-            extra = max(0, min(left[owner], int(columns.largest[at]) - smallest))
-            left[owner] -= extra
-            most[at] = smallest + extra
+        if pinned:
+            rows = rows[~np.isin(columns.ids[rows], list(pinned))]
+        rows = rows[np.argsort(columns.grant[rows] <= 0, kind="stable")]
+        owners = columns.owner[rows]
+        for owner in np.unique(owners).tolist():
+            able, held, rest = _within(columns.smallest, rows[owners == owner], int(left[owner]))
+            used = self.rules.quota(names[owner]) - rest
+            self.held.update(dict.fromkeys(columns.ids[held].tolist(), used))
+            most[held] = 0
+            able.sort()
+            wish = columns.largest[able] - columns.smallest[able]
+            before = np.cumsum(wish) - wish
+            most[able] = columns.smallest[able] + np.clip(rest - before, 0, wish)
         return most
 
     def _grant(
@@ -738,7 +730,10 @@ class Ledger:
         if job.spec.min_gpus > room:
             return f"needs at least {job.spec.min_gpus} GPUs, {room} can be given out now"
         if job.id in self.held:
-            return self.held[job.id]
+            return (
+                f"quota of {job.spec.owner}: {numbers['quota_gpus']} GPUs, {self.held[job.id]} in "
+                f"use or promised, needs {job.spec.min_gpus}"
+            )
         of_type = f" {job.pool}" if job.pool else ""
         if numbers["granted_gpus"]:
             return (
@@ -934,6 +929,26 @@ class Ledger:
             self._tables.release(line.row)
         self._columns.drop(job_id)
         self._changed.discard(job_id)
+
+
+def _within(
+    smallest: Array, rows: NDArray[np.int64], left: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Who gets its smallest grant out of what is left of a quota, each in its turn, who does not,
+    and what then is left. A turn of numpy serves a run of rows, not one."""
+    able, held = [], []
+    while len(rows):
+        fits = smallest[rows] <= left  # one that does not will not later either
+        held.append(rows[~fits])
+        rows = rows[fits]
+        sums = np.cumsum(smallest[rows], dtype=np.int64)
+        served = int(np.searchsorted(sums, left, side="right"))
+        if served:
+            able.append(rows[:served])
+            left -= int(sums[served - 1])
+            rows = rows[served:]
+    empty = rows[:0]
+    return np.concatenate([empty, *able]), np.concatenate([empty, *held]), left
 
 
 def _places(job: Job) -> str:

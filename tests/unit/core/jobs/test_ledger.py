@@ -138,6 +138,24 @@ def test_time_limit_cancel_and_quota() -> None:
         books.submit(spec(min_gpus=5, max_gpus=5), 8.0)
 
 
+def test_a_quota_serves_smaller_jobs_past_one_that_does_not_fit() -> None:
+    books = ledger(16, rules=Rules(quotas={"alice": 7}))
+    sizes = [(4, 4), (6, 8), (1, 4), (3, 3), (1, 2), (2, 2), (1, 1)]
+    for least, most in sizes:
+        books.submit(spec(owner="alice", min_gpus=least, max_gpus=most), 0.0)
+    books.submit(spec(owner="bob", max_gpus=8), 0.0)
+    started = {order.job: len(order.devices["n1"]) for order in books.decide(0.0)}  # type: ignore[union-attr]
+    # 4 and 1, then 1 past the 3 that does not fit, then 1 past the 2; nothing is left to grow by
+    assert started == {1: 4, 3: 1, 5: 1, 7: 1, 8: 8}
+    assert sorted(books.held) == [2, 4, 6]
+    assert books.reason(4)["text"] == "quota of alice: 7 GPUs, 7 in use or promised, needs 3"
+    for number in (1, 5, 7):
+        books.exited(number, 1, 0, 1.0)
+    # what runs keeps its place; 1 + 6 fit together, so the 3 and the 2 wait
+    assert {o.job: o.devices for o in books.decide(1.0) if isinstance(o, Start)}.keys() == {2}
+    assert sorted(books.held) == [4, 6]
+
+
 def test_drain_takes_nothing_new_and_evicts_on_request() -> None:
     books = Ledger([Node("n1", 2), Node("n2", 2)])
     books.submit(spec(), 0.0)

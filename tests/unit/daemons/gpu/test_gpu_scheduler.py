@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,13 @@ class Refusing(JobStore):
 
     full = False
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.refused = threading.Event()
+
     def commit(self, *args: Any) -> None:
         if self.full:
+            self.refused.set()
             raise StoreError("store gpu.sqlite: database or disk is full")
         super().commit(*args)
 
@@ -86,6 +92,30 @@ async def test_a_full_disk_refuses_submissions_and_starts_nothing(tmp_path: Path
     assert [job.id for job in again.unfinished()] == [second.id]
     assert again.highest_id() == second.id
     again.store.close()
+
+
+async def test_an_end_and_what_is_decided_on_it_are_stored_together(tmp_path: Path) -> None:
+    store, ledger, recorder = Refusing(tmp_path / "db"), Ledger([Node("n", 1)]), Recorder()
+    scheduler = Scheduler(ledger, store, Predictor(), SystemClock())
+    scheduler.executor = recorder
+    running = asyncio.ensure_future(scheduler.run())
+    for _ in range(2):
+        await scheduler.submit([spec_from_plain({"command": ["true"], "size_gpu_s": 5})])
+    async with asyncio.timeout(20), scheduler.changed:
+        await scheduler.changed.wait_for(lambda: recorder.starts == [1])
+    store.full = True
+    scheduler.exited(1, 1, 0, "")
+    assert await asyncio.to_thread(store.refused.wait, 20)
+    # the books went on, but who reads the disk sees neither the end nor the next start
+    assert [job.state.value for job in store.unfinished()] == ["starting", "pending"]
+    assert recorder.starts == [1]
+    store.full = False
+    async with asyncio.timeout(20), scheduler.changed:
+        await scheduler.changed.wait_for(lambda: recorder.starts == [1, 2])
+    assert [job.state.value for job in store.unfinished()] == ["starting"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    store.store.close()
 
 
 async def test_arrays_labels_what_if_and_the_calibration_over_a_restart(tmp_path: Path) -> None:

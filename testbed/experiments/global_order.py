@@ -145,6 +145,15 @@ def _conclude(results: Results, directory: Path, bdp_bytes: int) -> None:
                     SMALL_AT_MOST,
                 )
             )
+        if small[INDEPENDENT] and small[GLOBAL]:  # as many agents at work, and no order to pay for
+            results.checks.append(
+                Check(
+                    f"{workload}: flows under one BDP, sequencer over independent gates, median",
+                    small[GLOBAL]["p50"] / small[INDEPENDENT]["p50"],
+                    "<=",
+                    SMALL_AT_MOST,
+                )
+            )
     if rows:
         results.tables.append(
             Table(f"Flows up to {bdp_bytes} bytes (one BDP), ms", ["", "mean", "p50", "p99"], rows)

@@ -20,7 +20,13 @@ from intentd.controller.application import SchedulingApplication
 from intentd.controller.config import IntentSection, PromptsSection
 from intentd.controller.policies import AUTOMATIC, PolicyBook, StoredPolicy
 from intentd.core.errors import InputError
-from intentd.core.prompts.outcomes import Outcomes, difference, forget, outcomes_from_plain
+from intentd.core.prompts.outcomes import (
+    Outcomes,
+    TypeOutcomes,
+    difference,
+    forget,
+    outcomes_from_plain,
+)
 from intentd.core.prompts.steering import (
     Choice,
     Cooldown,
@@ -257,6 +263,8 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
                     "failed": round(one.failed, 1),
                     "escalated": round(one.escalated, 1),
                     "regenerated": round(one.regenerated, 1),
+                    "hits": round(one.hits, 1),
+                    "rating": _rating(one),
                     "cost_nano": round(one.cost_nano),
                     "avoided_nano": round(one.avoided_nano),
                     "p50_s": one.latency.quantile(0.5) if one.latency.count else None,
@@ -335,6 +343,13 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
             extra={"era": stored.era, "number": stored.number, "reason": stored.reason},
         )
         self._on_issue(stored)
+
+
+def _rating(outcomes: TypeOutcomes) -> float | None:
+    """Mean of what users said of its answers, 0 (bad) to 1; None if they said nothing."""
+    rows = [*outcomes.kept, outcomes.asked]
+    count = sum(row[0] for row in rows)
+    return sum(row[1] for row in rows) / count if count else None
 
 
 def _intent_plain(intent: Intent) -> dict[str, Any]:

@@ -97,7 +97,30 @@ class Goodbye:
     boot: str
 
 
-Message = Hello | Report | NumberedPolicy | PolicyAck | Welcome | Refusal | Goodbye
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The controller asks a member for what reports do not carry: lists, previews, an answer.
+
+    Only members that announce ``{"answers": true}`` are asked. subject: as in docs/wire.md.
+    """
+
+    number: int
+    subject: str
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A member's answer to the question of that number; error: why there is none."""
+
+    number: int
+    body: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+Message = (
+    Hello | Report | NumberedPolicy | PolicyAck | Welcome | Refusal | Goodbye | Question | Answer
+)
 
 _TYPES: Final[dict[str, type[Any]]] = {
     "hello": Hello,
@@ -107,6 +130,8 @@ _TYPES: Final[dict[str, type[Any]]] = {
     "welcome": Welcome,
     "refusal": Refusal,
     "goodbye": Goodbye,
+    "question": Question,
+    "answer": Answer,
 }
 _NAMES: Final = {cls: name for name, cls in _TYPES.items()}
 

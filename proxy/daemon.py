@@ -29,6 +29,7 @@ from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.store import StoreError
+from intentd.proxy import questions
 from intentd.proxy.adapter import litellm
 from intentd.proxy.adapter.http import Connections
 from intentd.proxy.adapter.litellm import LitellmUpstream
@@ -134,6 +135,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 on_policy=self._on_policy,
                 collect_report=lambda: {"prompts": self._report()},
                 capabilities=lambda: {"api": self.address},
+                on_question=self._on_question,
             )
             await self._link.start(tasks)
         _log.info("serving", extra={"api": self.address, "models": len(config.models)})
@@ -426,6 +428,11 @@ class ProxyDaemon(Daemon[ProxyConfig]):
     def _report(self) -> dict[str, Any]:
         """What the controller hears: sums since boot, by service type and model."""
         return self.api.outcomes.report() if self.api is not None else {}
+
+    async def _on_question(self, subject: str, body: dict[str, Any]) -> dict[str, Any]:
+        if self.api is None:
+            raise IntentdError("the proxy is starting")
+        return await questions.answer(self.api, self.status(), subject, body)
 
     def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:
         """Apply a policy of the prompts application, whole or not at all. Raises InputError."""

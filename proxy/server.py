@@ -171,6 +171,10 @@ class Api:
             max_line_size=16384,
         )
 
+    def exchange(self, key: Key) -> Exchange:
+        """A request of this daemon's own, such as the console's."""
+        return Exchange(_request_id(None), key, self._clock.now(), self._clock.wall())
+
     # -- every request -------------------------------------------------------------------------
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -460,6 +464,13 @@ class Api:
     async def _regenerate(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """``regenerate(service_type, {key: value})``: a better answer in place of another."""
         wanted = native.read_regenerate(await self._body(request))
+        asked, before = await self.again(wanted, exchange)
+        return await self._delegate(request, asked, exchange, None, before, wanted.request_id)
+
+    async def again(
+        self, wanted: native.Regenerate, exchange: Exchange
+    ) -> tuple[native.Asked, native.Remembered]:
+        """What to ask in place of an answer, which is thereby rated bad. Raises ApiError."""
         before = self.memory.find(wanted.request_id, exchange.key.key_id)
         options = {**before.asked.options, **wanted.options}
         name = wanted.service_type or before.asked.service_type
@@ -470,7 +481,7 @@ class Api:
         self.feedback.tell(
             Feedback(wanted.request_id, exchange.key.key_id, False, "regenerated", document)
         )
-        return await self._delegate(request, asked, exchange, None, before, wanted.request_id)
+        return asked, before
 
     async def _delegate(
         self,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
+from intentd.controller.console import shapes
 from intentd.controller.console.render import pretty
 from intentd.core.errors import InputError
+from intentd.daemons.kit.hub import Member, NoAnswerError
 
 if TYPE_CHECKING:
     from intentd.controller.daemon import Controller
@@ -17,6 +21,9 @@ APPLICATIONS: Final = ("flows", "jobs", "prompts")
 PAGE: Final = 25
 MAX_MEMBERS: Final = 500
 MAX_DIFF_LINES: Final = 400
+MAX_ASKED: Final = 8  # members asked for one page
+JOB_ROWS: Final = 60
+STATES: Final = ("unfinished", "finished", "failed", "cancelled")
 
 Shown = tuple[str, dict[str, Any]]
 
@@ -67,14 +74,84 @@ class Pages:
             "run_by": run_by,
         }
 
-    async def flows(self, _request: web.Request) -> Shown:
-        return "flows.html", {"title": "Flows"}
+    async def flows(self, request: web.Request) -> Shown:
+        flows = self._controller.flows
+        names = sorted(flows.domains)
+        name = request.query.get("domain", names[0] if names else "")
+        if not name:
+            return "flows.html", {"title": "Flows", "names": [], "domain": None}
+        flows.describe(name)  # raises InputError for an unknown one
+        return "flows.html", {
+            "title": "Flows",
+            "names": names[:MAX_MEMBERS],
+            "domain": name,
+            "about": flows.describe(name),
+            "flows": flows.flows(name),
+            "sizes": shapes.sizes(flows.domains[name]),
+            "time": shapes.where_time_goes(flows.domains[name]),
+        }
 
-    async def jobs(self, _request: web.Request) -> Shown:
-        return "jobs.html", {"title": "Jobs"}
+    async def jobs(self, request: web.Request) -> Shown:
+        jobs = self._controller.jobs
+        front = jobs.front
+        point = _number(request, "point")
+        context: dict[str, Any] = {
+            "title": "Jobs",
+            "jobs": jobs.describe(),
+            "held": self._controller.book.hold("jobs"),
+            "queues": await self._ask("gpu", "jobs.list", {"limit": JOB_ROWS, **_states(request)}),
+            "state": request.query.get("state", ""),
+            "front": None,
+            "point": None,
+        }
+        if front is not None:
+            shown = jobs.show_front()
+            context["front"] = shapes.front(shown)
+            if point is not None:
+                if point >= len(front.points):
+                    raise InputError("point", point, f"0 to {len(front.points) - 1}")
+                context["point"] = context["front"]["points"][point]
+                body = {"policy": front.points[point]["config"]}
+                context["previews"] = await self._ask("gpu", "jobs.preview", body, 20.0)
+        return "jobs.html", context
 
-    async def prompts(self, _request: web.Request) -> Shown:
-        return "prompts.html", {"title": "Prompts"}
+    async def prompts(
+        self, request: web.Request, played: Mapping[str, Any] | None = None
+    ) -> Shown:
+        """played: what the playground was asked and answered."""
+        days = _number(request, "days") or 7
+        if days > 366:
+            raise InputError("days", days, "1 to 366")
+        books = await self._ask("proxy", "prompts.books", {"days": days})
+        types = sorted({name for row in books for name in row["answer"].get("service_types", ())})
+        return "prompts.html", {
+            "title": "Prompts",
+            "prompts": self._controller.prompts.describe(),
+            "days": days,
+            "books": books,
+            "spend": shapes.spend([row["answer"] for row in books]),
+            "types": types,
+            "proxies": [row["member"] for row in books if not row["error"]],
+            "played": dict(played or {}),
+        }
+
+    async def _ask(
+        self, role: str, subject: str, body: dict[str, Any], timeout_s: float = 5.0
+    ) -> list[dict[str, Any]]:
+        """Of each connected member of a role: its name, and its answer or why there is none."""
+        members = [m for m in self._controller.hub.members(role) if m.connected][:MAX_ASKED]
+
+        async def one(member: Member) -> dict[str, Any]:
+            row: dict[str, Any] = {"member": member.name, "answer": {}, "error": ""}
+            try:
+                row["answer"] = await self._controller.hub.ask(
+                    member.key, subject, body, timeout_s=timeout_s
+                )
+            except NoAnswerError as error:
+                row["error"] = str(error)
+            return row
+
+        return list(await asyncio.gather(*(one(member) for member in members)))
 
     async def policies(self, request: web.Request) -> Shown:
         name = _application(request.query.get("application", "flows"))
@@ -128,6 +205,13 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str
     if len(rows) > MAX_DIFF_LINES:
         rows = [*rows[:MAX_DIFF_LINES], ("where", f"... {len(rows) - MAX_DIFF_LINES} more lines")]
     return rows
+
+
+def _states(request: web.Request) -> dict[str, Any]:
+    state = request.query.get("state", "")
+    if state and state not in STATES:
+        raise InputError("state", state[:40], ", ".join(STATES))
+    return {"state": [state]} if state else {}
 
 
 def _application(name: str) -> str:

@@ -7,6 +7,7 @@ Origin of this site.
 
 from __future__ import annotations
 
+import math
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +20,7 @@ from intentd.controller.console.pages import Pages
 from intentd.controller.console.render import HEADERS, STATIC, VENDORED, environment
 from intentd.controller.console.sessions import Guesses, Session, Sessions
 from intentd.core.errors import InputError, IntentdError
+from intentd.daemons.kit.hub import NoAnswerError
 from intentd.daemons.kit.status import CALLER, DOOR, SAFE_METHODS, Caller, Door
 from intentd.daemons.kit.tokens import Role
 
@@ -38,6 +40,8 @@ PAGES: Final = (
 )
 _TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 MAX_TOKEN: Final = 256
+MAX_PROMPT: Final = 20_000
+PLAY_TIMEOUT_S: Final = 120.0
 
 Page = Callable[[web.Request], Awaitable[tuple[str, dict[str, Any]]]]
 Action = Callable[[Mapping[str, str], str], Awaitable[str]]
@@ -86,8 +90,13 @@ class Console:
         for path, back, action in (
             ("policies/rollback", "policies", self._rollback),
             ("policies/release", "policies", self._release),
+            ("jobs/apply", "jobs", self._apply),
+            ("jobs/search", "jobs", self._search),
+            ("jobs/cancel", "jobs", self._cancel),
+            ("prompts/intent", "prompts", self._intent),
         ):
             router.add_post(BASE + path, self._form(action, back))
+        router.add_post(BASE + "prompts", self._play)
 
     # -- who -----------------------------------------------------------------------------------
 
@@ -282,6 +291,80 @@ class Console:
         args = {"application": form.get("application", "")}
         answer = await self._controller.change("policy_release", args, who=who, via="console")
         return "Automatic policies go on." if answer["released"] else "Nothing was held."
+
+    async def _apply(self, form: Mapping[str, str], who: str) -> str:
+        front = self._controller.jobs.front
+        if front is None or str(front.number) != form.get("front"):
+            raise InputError("front", form.get("front", ""), "the present front: look again")
+        choice = {"index": _integer(form, "point")}
+        answer = await self._controller.change(
+            "pareto_apply", {"choice": choice}, who=who, via="console"
+        )
+        issued = answer["issued"]
+        return f"Issued policy {issued['era']}.{issued['number']}: {issued['reason']}."
+
+    async def _search(self, _form: Mapping[str, str], who: str) -> str:
+        await self._controller.change("pareto_update", {}, who=who, via="console")
+        return "A search began."
+
+    async def _cancel(self, _form: Mapping[str, str], who: str) -> str:
+        answer = await self._controller.change("pareto_cancel", {}, who=who, via="console")
+        return "The search ends with what it found." if answer["cancelled"] else "No search runs."
+
+    async def _intent(self, form: Mapping[str, str], who: str) -> str:
+        document: dict[str, Any] = {"service_type": form.get("service_type", "")}
+        if form.get("quality"):
+            document["quality"] = _decimal(form, "quality")
+        if form.get("daily"):
+            document["daily"] = form["daily"][:40]
+        if len(document) == 1:
+            document["reset"] = True
+        args = {"document": document, "application": "prompts"}
+        answer = await self._controller.change("policy_set", args, who=who, via="console")
+        issued = answer["issued"]
+        return "Taken; nothing changes yet." if issued is None else f"Issued {issued['number']}."
+
+    async def _play(self, request: web.Request) -> web.StreamResponse:
+        """The playground: a prompt by a service type, or a better answer to it."""
+        checked = await self._checked_form(request)
+        if isinstance(checked, web.Response):
+            return checked
+        form, _, who = checked
+        again = bool(form.get("regenerate"))
+        played: dict[str, Any] = {
+            "prompt": form.get("prompt", "")[:MAX_PROMPT],
+            "service_type": form.get("service_type", "")[:128],
+            "proxy": form.get("proxy", "")[:128],
+            "answer": None,
+            "error": "",
+        }
+        body = (
+            {"id": form["regenerate"][:128]}
+            if again
+            else {"prompt": played["prompt"], "service_type": played["service_type"]}
+        )
+        subject = "prompts.regenerate" if again else "prompts.ask"
+        try:
+            played["answer"] = await self._controller.hub.ask(
+                ("proxy", played["proxy"]), subject, body, timeout_s=PLAY_TIMEOUT_S
+            )
+        except NoAnswerError as error:
+            played["error"] = str(error)
+        about = f"{played['proxy']}: {played['service_type']}"
+        result = f"refused: {played['error']}" if played["error"] else "done"
+        await self._controller.audit.add(Entry(who, "console", subject, about, result=result))
+        template, context = await self._pages.prompts(request, played)
+        return self._render(request, template, context, 200 if played["answer"] else 502)
+
+
+def _decimal(form: Mapping[str, str], name: str) -> float:
+    try:
+        value = float(form[name])
+    except ValueError:
+        raise InputError(name, form[name][:40], "a number") from None
+    if not math.isfinite(value):
+        raise InputError(name, form[name][:40], "a number")
+    return value
 
 
 def _integer(form: Mapping[str, str], name: str) -> int:

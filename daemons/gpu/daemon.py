@@ -20,6 +20,7 @@ from intentd.core.jobs.placement import Node
 from intentd.core.jobs.policy import Costs, from_plain, make, to_plain
 from intentd.core.jobs.predictor import Predictor
 from intentd.core.messages import NumberedPolicy, PolicyAck
+from intentd.daemons.gpu import questions
 from intentd.daemons.gpu.api import Api, answer_to
 from intentd.daemons.gpu.config import GpuConfig
 from intentd.daemons.gpu.executors import Executor, LocalExecutor, SimExecutor
@@ -89,6 +90,7 @@ class GpuDaemon(Daemon[GpuConfig]):
             on_policy=self._on_policy,
             collect_report=lambda: {"jobs": self._report()},
             capabilities=self._greet,
+            on_question=self._on_question,
         )
         await self._link.start(tasks)
         scheduler.recover()
@@ -285,6 +287,11 @@ class GpuDaemon(Daemon[GpuConfig]):
 
     def _prune(self, _store: Store) -> list[int]:
         return self._store.prune(self.config.output.keep_jobs) if self._store is not None else []
+
+    async def _on_question(self, subject: str, body: dict[str, Any]) -> dict[str, Any]:
+        if self.service is None:
+            raise InputError("jobs", "starting", "a scheduler that runs")
+        return await questions.answer(self.service, subject, body)
 
     def _on_policy(self, policy: NumberedPolicy) -> PolicyAck:
         """The controller's choice of a policy for the jobs application."""

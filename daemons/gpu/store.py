@@ -157,6 +157,16 @@ class JobStore:
         )
         return [dict(row) for row in rows]
 
+    def first_predictions(self, job_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """job -> what was foretold when it was submitted."""
+        marks = ", ".join("?" * len(job_ids))
+        rows = self.store.read(
+            "SELECT job, at_s, p50_s, p90_s FROM predictions WHERE number IN "
+            f"(SELECT min(number) FROM predictions WHERE job IN ({marks}) GROUP BY job)",  # noqa: S608  only marks
+            list(job_ids),
+        )
+        return {row["job"]: {name: row[name] for name in row.keys()[1:]} for row in rows}
+
     def predictions(self, job_id: int) -> list[dict[str, Any]]:
         rows = self.store.read(
             "SELECT at_s, p50_s, p90_s, cause FROM predictions WHERE job = ? ORDER BY number",

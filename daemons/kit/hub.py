@@ -18,11 +18,13 @@ import zmq
 from intentd.core.errors import ConfigError, InputError, IntentdError, WireError
 from intentd.core.messages import (
     MAX_TEXT,
+    Answer,
     Goodbye,
     Hello,
     Message,
     NumberedPolicy,
     PolicyAck,
+    Question,
     Refusal,
     Report,
     Welcome,
@@ -41,6 +43,13 @@ ROLES_OF: Final = {
     "jobs": ("gpu",),
     "prompts": ("proxy",),
 }
+
+
+MAX_QUESTIONS: Final = 64  # without an answer yet
+
+
+class NoAnswerError(IntentdError):
+    """A member was asked and gave no answer: away, too late, or it said why."""
 
 
 @dataclass
@@ -129,6 +138,8 @@ class HubLink:
         self._members: dict[tuple[str, str], Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._latest: dict[str, NumberedPolicy] = {}
+        self._asked: dict[int, tuple[tuple[str, str], asyncio.Future[dict[str, Any]]]] = {}
+        self._questions = 0
         self.highest_seen: dict[str, tuple[int, int]] = {}
         self.endpoint = section.bind
         self._started_s = kit.clock.now()
@@ -222,6 +233,46 @@ class HubLink:
         for member in self.members():
             self._send_policies(member)
 
+    async def ask(
+        self,
+        key: tuple[str, str],
+        subject: str,
+        body: dict[str, Any] | None = None,
+        *,
+        timeout_s: float = 5.0,
+    ) -> dict[str, Any]:
+        """A member's answer to a question. Raises NoAnswerError."""
+        name = f"{key[0]}/{key[1]}"
+        member = self._members.get(key)
+        if member is None or not member.connected:
+            raise NoAnswerError(f"{name}: not connected")
+        if not member.capabilities.get("answers"):
+            raise NoAnswerError(f"{name}: version {member.version} answers no questions")
+        if len(self._asked) >= MAX_QUESTIONS:
+            raise NoAnswerError(f"{name}: not asked, {MAX_QUESTIONS} questions wait for answers")
+        self._questions += 1
+        number = self._questions
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._asked[number] = key, future
+        try:
+            self._send(member.identity, Question(number, subject, body or {}))
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise NoAnswerError(f"{name}: no answer within {timeout_s:g} s") from None
+        finally:
+            del self._asked[number]
+
+    def _answered(self, member: Member, answer: Answer) -> None:
+        key, future = self._asked.get(answer.number, (None, None))
+        if future is None or key != member.key or future.done():
+            self._kit.metrics.link_dropped.labels("late").inc()
+        elif answer.error:
+            text = f"{member.role}/{member.name}: {answer.error}"
+            future.set_exception(NoAnswerError(text))
+        else:
+            future.set_result(answer.body)
+
     def latest(self, application: str) -> NumberedPolicy | None:
         return self._latest.get(application)
 
@@ -283,6 +334,8 @@ class HubLink:
             self._reported(member, message)
         elif isinstance(message, PolicyAck):
             self._acked(member, message)
+        elif isinstance(message, Answer):
+            self._answered(member, message)
         elif isinstance(message, Goodbye):
             self._remove(member, "goodbye")
         elif isinstance(message, Refusal):

@@ -28,11 +28,13 @@ from intentd.core.errors import ConfigError, IntentdError, WireError
 from intentd.core.messages import (
     APPLICATIONS,
     MAX_TEXT,
+    Answer,
     Goodbye,
     Hello,
     Message,
     NumberedPolicy,
     PolicyAck,
+    Question,
     Refusal,
     Report,
     Welcome,
@@ -54,6 +56,7 @@ _log = logging.getLogger(__name__)
 
 SILENCE_INTERVALS: Final = 3
 GOODBYE_LINGER_MS: Final = 200
+MAX_QUESTIONS: Final = 8  # answered at a time
 
 
 class LinkState(enum.Enum):
@@ -64,12 +67,14 @@ class LinkState(enum.Enum):
     JOINED = "joined"
 
 
+OnQuestion = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 OnPolicy = Callable[[NumberedPolicy], PolicyAck | Awaitable[PolicyAck]]
 
 
 class MemberLink:
     """A member's end. on_policy applies a policy and says what became of it; an InputError it
-    raises is a refusal too. collect_report returns the body of the next report."""
+    raises is a refusal too. collect_report returns the body of the next report. on_question
+    answers what the controller asks, by subject; an IntentdError it raises is told."""
 
     def __init__(
         self,
@@ -79,7 +84,11 @@ class MemberLink:
         on_policy: OnPolicy,
         collect_report: Callable[[], dict[str, Any]],
         capabilities: Callable[[], dict[str, Any]] = dict,
+        on_question: OnQuestion | None = None,
     ) -> None:
+        self._on_question = on_question
+        self._tasks: asyncio.TaskGroup | None = None
+        self._answering: set[asyncio.Task[None]] = set()
         self._config = config
         self._section = config.controller
         self._kit = kit
@@ -113,6 +122,7 @@ class MemberLink:
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Apply the policies kept from the last run, then connect. Raises IntentdError."""
+        self._tasks = tasks
         for application in APPLICATIONS:
             await self._restore(application)
         self._running.append(tasks.create_task(self._apply_all(), name="link-policies"))
@@ -127,7 +137,7 @@ class MemberLink:
 
     async def stop(self) -> None:
         """Say goodbye and close."""
-        for task in self._running:
+        for task in (*self._running, *self._answering):
             task.cancel()
         self._running.clear()
         if self._stream is not None:
@@ -340,7 +350,10 @@ class MemberLink:
                 version=intentd.__version__,
                 boot=self._kit.boot,
                 policies=self.policies(),
-                capabilities=self._capabilities(),
+                capabilities={
+                    **self._capabilities(),
+                    **({"answers": True} if self._on_question is not None else {}),
+                },
             )
         )
 
@@ -353,7 +366,7 @@ class MemberLink:
             if len(parts) != 1:
                 raise WireError(f"message: got {len(parts)} parts, expected 1")
             message = decode(parts[0])
-            if not isinstance(message, (Welcome, NumberedPolicy, Refusal)):
+            if not isinstance(message, (Welcome, NumberedPolicy, Refusal, Question)):
                 raise WireError(f"{type(message).__name__}: not a message to a member")
         except WireError as error:
             self._kit.metrics.link_dropped.labels("malformed").inc()
@@ -367,6 +380,8 @@ class MemberLink:
             self._welcomed(message)
         elif isinstance(message, NumberedPolicy):
             self._offered(message)
+        elif isinstance(message, Question):
+            self._asked(message)
         else:
             self._refuse(message.reason)
             self._refused = self._state is LinkState.GREETING
@@ -391,6 +406,32 @@ class MemberLink:
             self._enter(LinkState.JOINED)
         self._hub_boot = message.boot
         self._news.set()
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def _asked(self, question: Question) -> None:
+        if self._on_question is None or self._tasks is None:
+            self._send(Answer(question.number, error="this member answers no questions"))
+        elif len(self._answering) >= MAX_QUESTIONS:
+            self._send(Answer(question.number, error=f"busy with {MAX_QUESTIONS} questions"))
+        else:
+            task = self._tasks.create_task(
+                self._answer(self._on_question, question), name="link-question"
+            )
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, on_question: OnQuestion, question: Question) -> None:
+        try:
+            answer = Answer(question.number, await on_question(question.subject, question.body))
+            encode(answer)
+        except (IntentdError, WireError, TypeError, ValueError, OverflowError) as error:
+            answer = Answer(question.number, error=str(error)[:MAX_TEXT] or type(error).__name__)
+        except Exception as error:  # noqa: BLE001  a question must not end the daemon
+            self._kit.metrics.errors.labels("question").inc()
+            _log.exception("question could not be answered", extra={"subject": question.subject})
+            answer = Answer(question.number, error=f"internal error: {type(error).__name__}")
+        self._send(answer)
 
     # -- policies ----------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from intentd.core.messages import (
 from intentd.daemons.kit import keys
 from intentd.daemons.kit.codec import decode, encode
 from intentd.daemons.kit.config import ControllerSection, DaemonConfig, HubSection
-from intentd.daemons.kit.hub import HubLink, Member
+from intentd.daemons.kit.hub import HubLink, Member, NoAnswerError
 from intentd.daemons.kit.lifecycle import Kit, Tasks
 from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.zmqfd import ZmqStream
@@ -95,7 +95,9 @@ class Rig:
         self.links.append(hub)
         return hub
 
-    async def member(self, endpoint: str, name: str = "a", **section: Any) -> MemberLink:
+    async def member(
+        self, endpoint: str, name: str = "a", on_question: Any = None, **section: Any
+    ) -> MemberLink:
         config = AgentConfig(
             name=name,
             state_dir=self.directory,
@@ -111,8 +113,9 @@ class Rig:
             return PolicyAck(policy.application, policy.era, policy.number, True)
 
         link = MemberLink(
-            config, Kit("agent"), on_policy=on_policy, collect_report=lambda: {"flows": {"x": 1}}
-        )
+            config, Kit("agent"), on_policy=on_policy, collect_report=lambda: {"flows": {"x": 1}},
+            on_question=on_question,
+        )  # fmt: skip
         await link.start(self.tasks)
         self.links.append(link)
         return link
@@ -247,6 +250,58 @@ async def test_a_restarted_hub_finds_its_members_again(rig: Rig) -> None:
     hub.publish(policy(1, era=1))  # older than what the member runs: it keeps its own
     hub.publish(policy(1, era=2))
     await rig.story.until(lambda: link.policies() == {"flows": [2, 1]})
+
+
+async def test_questions_are_answered_refused_bounded_and_late(rig: Rig) -> None:
+    hub = await rig.hub()
+    gate = asyncio.Event()
+
+    async def on_question(subject: str, body: dict[str, Any]) -> dict[str, Any]:
+        if subject == "wait":
+            await gate.wait()
+        if subject == "bad":
+            raise InputError("body", body, "something else")
+        if subject == "defect":
+            raise RuntimeError("secret")
+        if subject == "large":
+            return {"x": b"x" * (5 << 20)}
+        return {"said": [subject, body]}
+
+    await rig.member(hub.endpoint, "a", on_question=on_question)
+    await rig.member(hub.endpoint, "old")
+    await rig.story.until(lambda: rig.story.count("hello") == 2)
+    key = ("agent", "a")
+    assert await hub.ask(key, "echo", {"x": 1}) == {"said": ["echo", {"x": 1}]}
+    for subject, said in (
+        ("bad", "agent/a: body: got"),
+        ("defect", "agent/a: internal error: RuntimeError$"),
+        ("large", "agent/a: message: .* bytes, expected at most"),
+    ):
+        with pytest.raises(NoAnswerError, match=said):
+            await hub.ask(key, subject)
+    with pytest.raises(NoAnswerError, match="agent/old: version .* answers no questions"):
+        await hub.ask(("agent", "old"), "echo")
+    with pytest.raises(NoAnswerError, match="agent/none: not connected"):
+        await hub.ask(("agent", "none"), "echo")
+    with pytest.raises(NoAnswerError, match=r"no answer within 0\.05 s"):
+        await hub.ask(key, "wait", timeout_s=0.05)
+    waiting = [asyncio.create_task(hub.ask(key, "wait", {"n": n})) for n in range(12)]
+    refused = [error async for error in _busy(waiting, 5)]
+    assert all("busy with 8 questions" in text for text in refused)
+    gate.set()
+    answers = [await task for task in waiting if not task.done() or not task.exception()]
+    assert len(answers) == 7, "the one that came too late still counted as one of eight"
+    assert await hub.ask(key, "echo") == {"said": ["echo", {}]}
+
+
+async def _busy(tasks: list[asyncio.Task[Any]], count: int) -> AsyncIterator[str]:
+    """What the first tasks that end raised."""
+    pending = set(tasks)
+    while count:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            count -= 1
+            yield str(task.exception())
 
 
 async def test_a_silent_member_expires_and_a_namesake_replaces(rig: Rig) -> None:

@@ -49,7 +49,7 @@ def fetch(name: str, version: str, integrity: str, files: dict[str, Path]) -> No
     with tempfile.TemporaryDirectory() as where:
         packed = subprocess.run(
             ["npm", "pack", "--silent", "--ignore-scripts", f"{name}@{version}"],
-            cwd=where, capture_output=True, text=True, timeout=300,
+            cwd=where, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         archives = list(Path(where).glob("*.tgz"))
         if packed.returncode or len(archives) != 1:

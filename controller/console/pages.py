@@ -115,9 +115,7 @@ class Pages:
                 context["previews"] = await self._ask("gpu", "jobs.preview", body, 20.0)
         return "jobs.html", context
 
-    async def prompts(
-        self, request: web.Request, played: Mapping[str, Any] | None = None
-    ) -> Shown:
+    async def prompts(self, request: web.Request, played: Mapping[str, Any] | None = None) -> Shown:
         """played: what the playground was asked and answered."""
         days = _number(request, "days") or 7
         if days > 366:

@@ -160,12 +160,13 @@ class JobStore:
     def first_predictions(self, job_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
         """job -> what was foretold when it was submitted."""
         marks = ", ".join("?" * len(job_ids))
-        rows = self.store.read(
-            "SELECT job, at_s, p50_s, p90_s FROM predictions WHERE number IN "
-            f"(SELECT min(number) FROM predictions WHERE job IN ({marks}) GROUP BY job)",  # noqa: S608  only marks
-            list(job_ids),
+        sql = (
+            "SELECT job, at_s, p50_s, p90_s FROM predictions WHERE number IN "  # noqa: S608  only marks
+            f"(SELECT min(number) FROM predictions WHERE job IN ({marks}) GROUP BY job)"
         )
-        return {row["job"]: {name: row[name] for name in row.keys()[1:]} for row in rows}
+        names = ("at_s", "p50_s", "p90_s")
+        rows = self.store.read(sql, list(job_ids))
+        return {row["job"]: {name: row[name] for name in names} for row in rows}
 
     def predictions(self, job_id: int) -> list[dict[str, Any]]:
         rows = self.store.read(

@@ -1,4 +1,4 @@
-"""A small suite as processes for the console's tests: controller, GPU scheduler, proxy, an agent."""
+"""A small suite for the tests of the console: controller, GPU scheduler, proxy, an agent."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Suite:
             f'[hub]\nbind = "{self.hub}"\nreport_interval_s = 0.3\n'
             "[flows]\nthresholds_interval_s = 0.3\nrates_interval_s = 0.3\nmin_flows = 200\n"
             "[jobs]\nhistory_interval_s = 0.2\nmin_jobs = 40\nevaluations = 40\nseconds = 20\n"
-            "samples = 1\nsample_jobs = 40\n[prompts]\ninterval_s = 0.3\ndaily = \"5\"\n",
+            'samples = 1\nsample_jobs = 40\n[prompts]\ninterval_s = 0.3\ndaily = "5"\n',
         )
         link = f'[controller]\nendpoint = "{self.hub}"\nbackoff_min_s = 0.05\n'
         self._spawn(

@@ -126,7 +126,9 @@ def test_login_is_bounded_and_checked(suite: Suite) -> None:
     assert "wrong-" not in json.dumps(entries)
 
 
-def test_changes_need_session_role_origin_and_form(suite: Suite, sessions: dict[str, Browser]) -> None:
+def test_changes_need_session_role_origin_and_form(
+    suite: Suite, sessions: dict[str, Browser]
+) -> None:
     nobody, reader, operator = Browser(suite), sessions["read"], sessions["operate"]
     form = {"application": "jobs", "number": "1"}
     assert nobody.post("policies/rollback", **form)[0] == 303  # to the login

@@ -279,7 +279,7 @@ async def test_questions_are_answered_refused_bounded_and_late(rig: Rig) -> None
     ):
         with pytest.raises(NoAnswerError, match=said):
             await hub.ask(key, subject)
-    with pytest.raises(NoAnswerError, match="agent/old: version .* answers no questions"):
+    with pytest.raises(NoAnswerError, match=r"agent/old: version .* answers no questions"):
         await hub.ask(("agent", "old"), "echo")
     with pytest.raises(NoAnswerError, match="agent/none: not connected"):
         await hub.ask(("agent", "none"), "echo")

@@ -146,7 +146,9 @@ def main() -> int:
         return 2
     out = given.out or Path(tempfile.mkdtemp(prefix="soak-"))
     random.seed(given.seed)
-    soak = Soak(Options(given.seed, (), (), out / "logs"), given.minutes, given.warm)
+    soak = Soak(
+        Options(given.seed, (), (), out / "logs", talkers=2, streamers=1), given.minutes, given.warm
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         report = runner.run(ended_in_order(soak.run()))
     daemons = soak.result()

@@ -83,6 +83,8 @@ class ShapingHost:
         self.claims: dict[tuple[str, str], Shaper] = {}
         # the same among processes
         self.holds = Claims()
+        # What was given back is not taken again: a repair may wait behind the last restoring.
+        self.closing = False
 
     def shaper(self, device: str, direction: str = "egress", **options: Any) -> Shaper:
         """A shaper of this host; options as Shaper's."""
@@ -96,9 +98,12 @@ class ShapingHost:
         """Give every recorded device back, stop the dead-man process and the thread.
 
         Raises nothing of the kernel's: what could not be restored is in the answer, and stays
-        recorded for ``intentctl tc restore``.
+        recorded for ``intentctl tc restore``. A second call does nothing.
         """
         outcomes: list[Restored] = []
+        if self.closing:
+            return outcomes
+        self.closing = True
         try:
             outcomes = await self.thread.call(self._restore_all)
         except (IntentdError, OSError) as error:
@@ -318,6 +323,9 @@ class Shaper:
 
     def _enforce(self, tree: plan.HtbTree, previous: plan.HtbTree | None) -> int:
         """In the kernel's thread: make it so, set the state; the number of changes made."""
+        if self.host.closing:
+            self._become(Shaping.UNSHAPED, "the agent stops")
+            return 0
         if not self.device:
             self._become(Shaping.UNSHAPED, "no device is configured")
             return 0

@@ -35,6 +35,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--kinds", default="", help=f"comma separated, of: {', '.join(KINDS)}; default: all"
     )
+    parser.add_argument("--minutes", type=float, default=0.0, help="no fault begins after so long")
+    parser.add_argument(
+        "--recover-s", type=float, default=60.0, help="bound on a member's way back"
+    )
     parser.add_argument("--out", type=Path, help="directory of the report and the logs")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
@@ -58,7 +62,10 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     out = given.out or Path(tempfile.mkdtemp(prefix="chaos-"))
-    options = Options(given.seed, numbers(given.only, given.faults), kinds, out / "logs")
+    played = numbers(given.only, given.faults)
+    options = Options(
+        given.seed, played, kinds, out / "logs", minutes=given.minutes, recover_s=given.recover_s
+    )
     campaign = Campaign(options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         report = runner.run(ended_in_order(campaign.run()))

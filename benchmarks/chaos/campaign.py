@@ -25,9 +25,8 @@ from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
 APPLICATIONS: Final = ("flows", "jobs", "prompts")
 FOLLOWS: Final = {"agent": ("flows",), "gpu": ("jobs",), "proxy": ("prompts",)}
 START_S: Final = 120.0
-RECOVER_S: Final = 60.0
 # No prompt answered for so long while nothing is wrong: they stall.
-SILENT_S: Final = 30.0
+SILENT_S: Final = 60.0
 TELL_S: Final = 10.0
 _LOOK_S: Final = 0.1
 
@@ -42,7 +41,9 @@ class Options:
     logs: Path
     talkers: int = 3
     streamers: int = 3
-    pause_s: float = 1.0
+    pause_s: float = 0.3
+    minutes: float = 0.0
+    recover_s: float = 60.0
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Campaign:
     violations: list[Violation] = field(default_factory=list)
     policies: dict[tuple[str, int, int], tuple[Any, ...]] = field(default_factory=dict)
     faults_wrong: list[str] = field(default_factory=list)
-    started_s: float = 0.0
+    operated: int = 0
     _last: int = -1
     _seen: dict[str, int] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ class Campaign:
                 world.spaces["provider"], world.ip("provider")
             )
             await world.configure()
-            self.jobs = Jobs(world.member("g"), world.root / "work", options.seed)
+            self.jobs = Jobs(world.member("g"), world.root / "work", options.seed, world.clock)
             self.faults = Faults(world, self.flows, self.providers, self.faults_wrong)
             async with asyncio.TaskGroup() as tasks:
                 await self._campaign(tasks)
@@ -109,23 +110,27 @@ class Campaign:
         await self.flows.start(tasks)
         self.users.start(tasks, options.talkers, options.streamers)
         tasks.create_task(self.jobs.run(), name="jobs")
+        patience = tasks.create_task(self.world.clock.run(), name="patience")
         watch = tasks.create_task(self._watch(), name="watch")
         operator = tasks.create_task(self._operate(), name="operator")
         await asyncio.sleep(3.0)
-        self.started_s = time.monotonic()
         await self._play()
         operator.cancel()
         say("the last fault is over: everything comes to its end")
         await self._end()
         watch.cancel()
+        patience.cancel()
 
     async def _play(self) -> None:
         """One after the other; some together with the next."""
         drawn = [
             draw(self.options.seed, number, self.options.kinds) for number in self.options.only
         ]
-        index = 0
+        index, began = 0, time.monotonic()
         while index < len(drawn):
+            if self.options.minutes and time.monotonic() - began > 60 * self.options.minutes:
+                say(f"{self.options.minutes:g} minutes are over")
+                return
             group = [drawn[index]]
             if drawn[index].beside and index + 1 < len(drawn):
                 other = drawn[index + 1]
@@ -137,15 +142,15 @@ class Campaign:
 
     async def _together(self, group: Sequence[Fault]) -> None:
         self._last = group[-1].number
-        began = time.monotonic()
+        began = self.world.clock.now()
         try:
             async with asyncio.timeout(120):
                 await asyncio.gather(*(self.faults.inject(fault) for fault in group))
         except TimeoutError:
             self._violated("machinery", f"{group[0]} could not be taken back")
-        healed = time.monotonic()
-        late = await self._settled(RECOVER_S) or await self._served(healed)
-        recovered_s = None if late else time.monotonic() - healed
+        healed = self.world.clock.now()
+        late = await self._settled(self.options.recover_s) or await self._served(healed)
+        recovered_s = None if late else self.world.clock.now() - healed
         for fault in group:
             self.rows.append(Row(fault, healed - began, recovered_s, late))
         what = " with ".join(map(str, group))
@@ -161,7 +166,7 @@ class Campaign:
         for member in self.world.members:
             if await self._why_not(member, {}):
                 member.signal(9)
-        late = await self._settled(RECOVER_S)
+        late = await self._settled(self.options.recover_s)
         if late:
             raise RuntimeError(f"not even a restart helps: {late}")
 
@@ -173,9 +178,9 @@ class Campaign:
 
     async def _settled(self, timeout_s: float) -> str:
         """Until every member is ready, joined and on the newest policies; else what is not."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self.world.clock.now() + timeout_s
         waiting = list(self.world.members)
-        told_s = time.monotonic() + TELL_S
+        told_s = self.world.clock.now() + TELL_S
         newest: dict[str, list[int]] = {}
         why = ""
         while True:
@@ -188,18 +193,18 @@ class Campaign:
                     break
             if not still:
                 return ""
-            if time.monotonic() > deadline:
+            if self.world.clock.now() > deadline:
                 return why
-            if time.monotonic() > told_s:
+            if self.world.clock.now() > told_s:
                 told_s += TELL_S
                 say(f"waiting: {why}")
             await asyncio.sleep(_LOOK_S)
 
     async def _served(self, healed_s: float) -> str:
         """Until a prompt was answered that came after; else since when there was none."""
-        until_s = time.monotonic() + SILENT_S
+        until_s = self.world.clock.now() + SILENT_S
         while self.users.last_ok_s < healed_s:
-            if time.monotonic() > until_s:
+            if self.world.clock.now() > until_s:
                 return f"no prompt was answered for {SILENT_S:.0f} s"
             await asyncio.sleep(_LOOK_S)
         return ""
@@ -270,21 +275,27 @@ class Campaign:
                 self._seen[name] = len(source)
 
     async def _operate(self) -> None:
-        """An operator who changes things now and then: policies that must arrive everywhere."""
+        """An operator who rolls policies back and lets them go again, now and then."""
         rng = random.Random(f"{self.options.seed}/operator")
+        member = self.world.member("c")
         while True:
-            await asyncio.sleep(rng.uniform(8, 16))
+            await asyncio.sleep(rng.uniform(6, 12))
+            name = rng.choice(("flows", "prompts"))
+            era = max((era for _, era, _ in self.policies), default=0)
+            known = sorted(key[2] for key in self.policies if key[:2] == (name, era))
+            if len(known) < 2 or not member.pid or member.frozen:
+                continue
             with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
-                member = self.world.member("c")
-                if member.pid and not member.frozen:
-                    name = rng.choice(("maxmin", "fifo", "srsf"))
-                    await member.ask(
-                        "policy_set", application="jobs", document={"name": name}, author="chaos"
-                    )
+                await member.ask(
+                    "policy_rollback", application=name, number=rng.choice(known), author="chaos"
+                )
+                self.operated += 1
+                await asyncio.sleep(rng.uniform(1, 4))
+                await member.ask("policy_release", application=name)
 
     async def _end(self) -> None:
         """No more faults: what was promised has to be there."""
-        late = await self._settled(RECOVER_S)
+        late = await self._settled(self.options.recover_s)
         if late:
             self._violated("members", f"at the end: {late}")
         for text in await self.flows.finish():
@@ -329,6 +340,8 @@ class Campaign:
             "seed": self.options.seed,
             "faults": len(self.rows),
             "seconds": round(took_s, 1),
+            "recover_bound_s": self.options.recover_s,
+            "paused_s": round(self.world.clock.lost_s, 1),
             "kinds": dict(sorted(kinds.items())),
             "violations": [vars(violation) for violation in self.violations],
             "load": {
@@ -349,6 +362,7 @@ class Campaign:
                 "keys": len(users.keys),
                 "billed_nano": sum(self.providers.nano.values()),
                 "calls_without_cap": self.providers.without_cap,
+                "rolled_back": self.operated,
                 "policies": {
                     name: sum(1 for key in self.policies if key[0] == name)
                     for name in APPLICATIONS

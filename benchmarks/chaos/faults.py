@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ def draw(seed: int, number: int, kinds: Sequence[str]) -> Fault:
     rng = drawn(seed, "fault", number)
     kind = rng.choices(kinds, [KINDS.get(kind, 3) for kind in kinds])[0]
     target, detail = _aim(kind, rng)
-    return Fault(number, kind, target, detail, rng.uniform(0.3, 3.5), rng.random() < OVERLAP)
+    return Fault(number, kind, target, detail, rng.uniform(0.3, 3.0), rng.random() < OVERLAP)
 
 
 def _aim(kind: str, rng: random.Random) -> tuple[str, str]:
@@ -128,9 +127,9 @@ class Faults:
             member.hold.set()
 
     async def _restored(self, name: str) -> None:
-        found, until_s = self.world.found_qdiscs[name], time.monotonic() + _RESTORED_S
+        found, until_s = self.world.found_qdiscs[name], self.world.clock.now() + _RESTORED_S
         while await asyncio.to_thread(self.world.qdiscs, name) != found:
-            if time.monotonic() > until_s:
+            if self.world.clock.now() > until_s:
                 self.wrong.append(f"{name}: qdiscs not restored {_RESTORED_S:.0f} s after kill -9")
                 return
             await asyncio.sleep(0.1)

@@ -7,7 +7,6 @@ import contextlib
 import signal
 import struct
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +112,7 @@ class Flows:
             lives += 1
 
     def _note(self, host: str, words: list[str]) -> None:
-        now, kind, number = time.monotonic(), words[0], int(words[1])
+        now, kind, number = self.world.clock.now(), words[0], int(words[1])
         if kind == "a":
             self.arrived += 1
             self.open[number] = Open(host, now)
@@ -125,6 +124,8 @@ class Flows:
             flow.started_s = now
             waited_s = float(words[2])
             self.degraded[words[3]] += 1
+            if self.world.clock.paused_since(flow.arrived_s):
+                return
             self.longest_wait_s = max(self.longest_wait_s, waited_s)
             if waited_s > MAX_WAIT_S + START_SLACK_S:
                 self.wrong.append(f"flow {number} of {host} waited {waited_s:.1f} s: {words[3]}")
@@ -138,7 +139,7 @@ class Flows:
 
     def stalled(self) -> list[str]:
         """Flows that should have started, or ended, by now; each is told once."""
-        now, found = time.monotonic(), []
+        now, found = self.world.clock.now(), []
         for number, flow in list(self.open.items()):
             waiting = not flow.started_s
             since_s = now - (flow.arrived_s if waiting else flow.started_s)
@@ -150,9 +151,9 @@ class Flows:
 
     async def finish(self) -> list[str]:
         """No more arrivals matter; those under way end."""
-        until_s = time.monotonic() + COMPLETE_S
+        until_s = self.world.clock.now() + COMPLETE_S
         waited = set(self.open)
-        while time.monotonic() < until_s:
+        while self.world.clock.now() < until_s:
             if not waited & set(self.open):
                 break
             await asyncio.sleep(0.2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import intentd
-from benchmarks.chaos.members import Member, drawn
+from benchmarks.chaos.members import Member, Patience, drawn
 from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
 
 OVER: Final = ("finished", "failed", "cancelled")
@@ -27,6 +26,7 @@ class Jobs:
     member: Member
     work: Path
     seed: int
+    clock: Patience
     accepted: dict[int, str] = field(default_factory=dict)
     unheard: list[str] = field(default_factory=list)
     active: int = 0
@@ -38,13 +38,13 @@ class Jobs:
     async def run(self) -> None:
         """Keeps a few unfinished jobs there, until it is over."""
         rng = drawn(self.seed, "jobs", self.member.name)
-        self.last_finish_s = time.monotonic()
+        self.last_finish_s = self.clock.now()
         while not self.over.is_set():
             with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
                 rows = await self.rows()
                 finished = sum(row["state"] in OVER for row in rows)
                 if finished != self.finished:
-                    self.finished, self.last_finish_s = finished, time.monotonic()
+                    self.finished, self.last_finish_s = finished, self.clock.now()
                 self.active = len(rows) - finished
                 for _ in range(ACTIVE - self.active):
                     await self.submit(rng.uniform(3, 10), rng.choice((1, 2, 4)))
@@ -86,9 +86,9 @@ class Jobs:
     async def finish(self) -> list[str]:
         """Waits until all are over; what was lost, or ran twice, or from a wrong point."""
         self.over.set()
-        until_s = time.monotonic() + FINISH_S
+        until_s = self.clock.now() + FINISH_S
         rows: list[dict[str, Any]] = []
-        while time.monotonic() < until_s:
+        while self.clock.now() < until_s:
             with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
                 rows = await self.rows()
                 if rows and all(row["state"] in OVER for row in rows):

@@ -33,6 +33,8 @@ BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 STEADY_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 20.0
 EXIT_USAGE: Final = 2
+LOOK_S: Final = 0.5
+PAUSE_S: Final = 3.0
 T = TypeVar("T")
 CLOCK_SOURCE: Final = Path(__file__).with_name("clock.c")
 
@@ -184,6 +186,34 @@ class Member:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await process.wait()
+
+
+class Patience:
+    """The clock that members are judged by: it stands while this process was stopped or starved.
+
+    A machine that was paused for a minute says nothing about who was late.
+    """
+
+    def __init__(self) -> None:
+        self.lost_s = 0.0
+        self._paused_at_s = -1e9
+
+    def now(self) -> float:
+        return time.monotonic() - self.lost_s
+
+    def paused_since(self, at_s: float) -> bool:
+        """Whether there was a pause after that moment of this clock."""
+        return self._paused_at_s >= at_s - LOOK_S
+
+    async def run(self) -> None:
+        """Watches how late it is itself."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(LOOK_S)
+            gap_s = time.monotonic() - before - LOOK_S
+            if gap_s > PAUSE_S:
+                self._paused_at_s = self.now() - gap_s
+                self.lost_s += gap_s
 
 
 async def ended_in_order(work: Coroutine[Any, Any, T]) -> T:

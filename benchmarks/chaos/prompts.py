@@ -7,7 +7,6 @@ import contextlib
 import json
 import random
 import socket
-import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -63,7 +62,7 @@ class Users:
     def _count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
         if what in ("turn", "stream", "plain"):
-            self.last_ok_s = time.monotonic()
+            self.last_ok_s = self.world.clock.now()
 
     def _socket(self, info: AddrInfoType) -> socket.socket:
         return self.world.spaces["users"].socket(info[0], info[1])
@@ -81,7 +80,7 @@ class Users:
             await self._session.close()
 
     def start(self, tasks: asyncio.TaskGroup, talkers: int, streamers: int) -> None:
-        self.last_ok_s = time.monotonic()
+        self.last_ok_s = self.world.clock.now()
         for number in range(talkers):
             tasks.create_task(self._talk(number), name=f"talker {number}")
         for number in range(streamers):
@@ -98,7 +97,7 @@ class Users:
                     continue
                 with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
                     made = await member.ask("keys.new", name=name, grants=grants)
-                    key = Key(name, made["secret"], budget_nano, time.monotonic())
+                    key = Key(name, made["secret"], budget_nano, self.world.clock.now())
                     self.keys.append(key)
                     return key
             await asyncio.sleep(0.5)
@@ -145,11 +144,11 @@ class Users:
     def _failed(self, kind: str, key: Key, status: int, answer: object) -> None:
         self._count(f"{kind}: {status or 'no answer'}")
         # The other proxy hears of a new key from the database, if it has one.
-        fresh = status == 401 and time.monotonic() - key.made_s < KEY_KNOWN_S
+        fresh = status == 401 and self.world.clock.now() - key.made_s < KEY_KNOWN_S
         if status in (400, 401, 403, 404) and not fresh:
             self.wrong.append(f"{kind}: {status} {json.dumps(answer)[:300]}")
         if len(self.errors) < 2000:
-            self.errors.append(f"{time.monotonic():.1f} {kind} {status} {str(answer)[:200]}")
+            self.errors.append(f"{self.world.clock.now():.1f} {kind} {status} {str(answer)[:200]}")
 
     # -- streams under a budget -----------------------------------------------------------------
 
@@ -253,12 +252,12 @@ class Users:
 
     async def judge_money(self) -> list[str]:
         """Once nothing is reserved any more."""
-        until_s = time.monotonic() + SETTLE_S
+        until_s = self.world.clock.now() + SETTLE_S
         while True:
             accounts, estimated = await self.books()
             if not any(row["reserved"] for row in accounts.values()):
                 break
-            if time.monotonic() > until_s:
+            if self.world.clock.now() > until_s:
                 held = {name: row for name, row in accounts.items() if row["reserved"]}
                 return [f"reservations are never settled: {held}"]
             await asyncio.sleep(0.5)

@@ -23,6 +23,7 @@ from intentd.testbed.netns import Namespace
 PROVIDERS: Final = ("alpha", "beta")
 MODES: Final = ("", "slow", "500", "429", "hang", "cut", "garbage")
 PAUSE_S: Final = 0.01
+NAME: Final = web.AppKey("name", str)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Providers:
         targets = {}
         for name in PROVIDERS:
             app = web.Application()
-            app["name"] = name
+            app[NAME] = name
             app.router.add_post("/v1/chat/completions", self._handle)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
             await runner.setup()
@@ -69,7 +70,7 @@ class Providers:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        name = request.app["name"]
+        name = request.app[NAME]
         mode = self.mode.get(name, "")
         if mode == "500":
             return web.json_response({"error": {"message": "down"}}, status=500)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.chaos.members import Member, build_clock
+from benchmarks.chaos.members import Member, Patience, build_clock
 from benchmarks.chaos.relay import TcpLink, UdpLink
 from benchmarks.local_postgres import Postgres
 from intentd.daemons.kit.keys import new_curve_keys, new_fin_key, write_curve_keys, write_fin_key
@@ -56,6 +56,7 @@ class World:
     logs: Path
     seed: int
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    clock: Patience = field(default_factory=Patience)
     members: list[Member] = field(default_factory=list)
     tcp: dict[str, TcpLink] = field(default_factory=dict)
     fins: UdpLink | None = None

@@ -54,6 +54,18 @@ async def test_apply_is_what_tc_shows_and_restore_gives_back(
     assert shaper.priority_of(2) == 0
 
 
+async def test_a_repair_that_waits_behind_the_last_restoring_does_nothing(
+    node: netns.Namespace, host_in: Opener
+) -> None:
+    host = host_in(node)
+    shaper = host.shaper("eth0")
+    before = node.tc("qdisc", "show", "dev", "eth0").stdout
+    await shaper.apply(policy(0.5, 0.5))
+    await asyncio.gather(host.close(), shaper.verify())
+    assert node.tc("qdisc", "show", "dev", "eth0").stdout == before
+    assert shaper.status()["repairs"] == 0
+
+
 async def test_changes_are_made_in_place_and_only_where_something_differs(
     node: netns.Namespace, host_in: Opener
 ) -> None:

@@ -391,6 +391,9 @@ class Controller(Daemon[ControllerConfig]):
     def prompts_page(self) -> dict[str, Any]:
         return self.prompts.describe()
 
+    def audit_page(self, limit: int, before: int) -> dict[str, Any]:
+        return {"entries": self.audit.page(limit, before)}
+
     def front_page(self) -> dict[str, Any]:
         return self.jobs.show_front()
 
@@ -492,8 +495,7 @@ class Controller(Daemon[ControllerConfig]):
                 return {"alarms": self.alarms()}
             case "audit":
                 only(args, "limit", "before")
-                limit = integer(args, "limit", 100)
-                return {"entries": self.audit.page(limit, integer(args, "before", 0))}
+                return self.audit_page(integer(args, "limit", 100), integer(args, "before", 0))
         if command.startswith("pareto_"):
             return await JobsAdmin(self.jobs).answer(command, args)
         raise AdminRefusedError(

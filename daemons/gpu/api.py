@@ -6,30 +6,53 @@ token, as every change does: see ``daemons.kit.status``.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from aiohttp import web
 
+import intentd
 from intentd.core.errors import InputError
-from intentd.daemons.gpu.service import Caller, NotAllowedError, Service, UnknownJobError
+from intentd.daemons.gpu.service import (
+    MAX_LOG_BYTES,
+    MAX_PAGE,
+    Caller,
+    NotAllowedError,
+    Service,
+    UnknownJobError,
+)
+from intentd.daemons.kit.openapi import OPEN, TEXT, Operation, document, json_body, number
 from intentd.daemons.kit.status import CALLER, json_response
 from intentd.daemons.kit.store import StoreError
 from intentd.daemons.kit.tokens import Role
 
-ROUTES: Final = (
-    ("POST", "/api/jobs", "submit", "Submit a job; array: n submits n of it."),
-    ("GET", "/api/jobs", "list", "Jobs, newest first; state, owner, name, label, before, limit."),
-    ("POST", "/api/jobs/predict", "predict", "Predict a job without submitting it."),
-    ("GET", "/api/jobs/{job}", "show", "One job with its predictions."),
-    ("DELETE", "/api/jobs/{job}", "cancel", "Cancel a job."),
-    ("GET", "/api/jobs/{job}/logs", "logs", "A piece of its output; offset, limit. Token."),
-    ("GET", "/api/jobs/{job}/explain", "explain", "Why it is where it is, in numbers."),
-    ("GET", "/api/events", "events", "Changes of state; job, after, limit."),
-    ("GET", "/api/nodes", "nodes", "Nodes and their GPUs."),
-    ("POST", "/api/nodes/{node}/drain", "drain", "Drain a node; evict, undo."),
-)
+_JOB: Final = number(0, 2**53)
+_LOST: Final = {404: "There is no such job or node.", 507: "The disk refuses: not accepted."}
+OPERATIONS: Final = (
+    Operation("POST", "/api/jobs", "submit", "Submit a job; array: n submits n of it.",
+              body=OPEN, status=201, refusals=_LOST),
+    Operation("GET", "/api/jobs", "list", "Jobs, newest first.",
+              {"state": TEXT, "owner": TEXT, "name": TEXT, "label": TEXT, "before": _JOB,
+               "limit": number(1, MAX_PAGE)}, refusals=_LOST),
+    Operation("POST", "/api/jobs/predict", "predict", "Predict a job without submitting it.",
+              body=OPEN, refusals=_LOST),
+    Operation("GET", "/api/jobs/{job}", "show", "One job with its predictions.",
+              refusals=_LOST, path_schema=_JOB),
+    Operation("DELETE", "/api/jobs/{job}", "cancel", "Cancel a job.",
+              refusals=_LOST, path_schema=_JOB),
+    Operation("GET", "/api/jobs/{job}/logs", "logs", "A piece of its output. Token.",
+              {"offset": number(-(2**53)), "limit": number(1, MAX_LOG_BYTES)},
+              refusals=_LOST, path_schema=_JOB),
+    Operation("GET", "/api/jobs/{job}/explain", "explain", "Why it is where it is, in numbers.",
+              refusals=_LOST, path_schema=_JOB),
+    Operation("GET", "/api/events", "events", "Changes of state.",
+              {"job": _JOB, "after": _JOB, "limit": number(1, MAX_PAGE)}, refusals=_LOST),
+    Operation("GET", "/api/nodes", "nodes", "Nodes and their GPUs.", refusals=_LOST),
+    Operation("POST", "/api/nodes/{node}/drain", "drain", "Drain a node.",
+              {"evict": {"enum": ["true", "false"]}, "undo": {"enum": ["true", "false"]}},
+              refusals=_LOST),
+)  # fmt: skip
 _NUMBERS: Final = ("job", "limit", "before", "after", "offset")
 
 
@@ -40,9 +63,10 @@ class Api:
         self._service = service
 
     def add_routes(self, app: web.Application) -> None:
-        for method, path, name, _ in ROUTES:
-            app.router.add_route(method, path, self._handler(name))
-        app.router.add_get("/api/openapi.json", self._openapi)
+        for row in OPERATIONS:
+            app.router.add_route(row.method, row.path, self._handler(row.name))
+        for path in ("/openapi.json", "/api/openapi.json"):
+            app.router.add_get(path, self._openapi)
 
     def _handler(self, name: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -56,7 +80,7 @@ class Api:
                     for key, value in (*request.query.items(), *request.match_info.items())
                 }
                 if request.can_read_body:
-                    args = {**await _body(request), **args}
+                    args = {**await json_body(request), **args}
                 answer = await answer_to(service, name, args, caller)
             except UnknownJobError as error:
                 return json_response({"error": str(error)}, 404)
@@ -78,7 +102,7 @@ class Api:
 async def answer_to(
     service: Service, name: str, args: dict[str, Any], caller: Caller
 ) -> dict[str, Any]:
-    """One request, by its name in ROUTES (what-if is predict). Raises IntentdError."""
+    """One request, by its name in OPERATIONS (what-if is predict). Raises IntentdError."""
     match name:
         case "submit":
             return await service.submit(args, caller)
@@ -100,40 +124,19 @@ async def answer_to(
             return service.nodes()
         case "drain":
             return await service.drain(args, caller)
-    raise InputError("command", name, f"one of {', '.join(row[2] for row in ROUTES)}")
+    raise InputError("command", name, f"one of {', '.join(row.name for row in OPERATIONS)}")
 
 
 def openapi() -> dict[str, Any]:
-    paths: dict[str, Any] = {}
-    for method, path, name, text in ROUTES:
-        paths.setdefault(path, {})[method.lower()] = {
-            "operationId": name,
-            "summary": text,
-            "responses": {"201" if name == "submit" else "200": {"description": "JSON"}},
-        }
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "intentd-gpu", "version": "1"},
-        "paths": paths,
-    }
+    told = "Jobs on GPUs, each with a finish time."
+    return document("intentd-gpu", intentd.__version__, told, OPERATIONS)
 
 
 def _value(key: str, text: str) -> Any:
     if key in _NUMBERS:
-        try:
-            return int(text)
-        except ValueError:
-            raise InputError(key, text[:80], "a whole number") from None
+        if not re.fullmatch(r"-?[0-9]{1,16}", text):
+            raise InputError(key, text[:80], "a whole number")
+        return int(text)
     if key == "state":
         return text.split(",")
     return text == "true" if key in ("evict", "undo") else text
-
-
-async def _body(request: web.Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.read())
-    except (ValueError, RecursionError):
-        raise InputError("body", "(text)", "one JSON object") from None
-    if not isinstance(body, dict):
-        raise InputError("body", type(body).__name__, "one JSON object")
-    return body

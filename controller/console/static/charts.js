@@ -176,6 +176,7 @@ window.intentdCharts = (() => {
     drop(within);
     for (const figure of within.querySelectorAll("[data-chart]")) {
       if (!rows(figure).length) continue;
+      figure.classList.add("drawn"); // only now it has a width
       const [options, data] = kinds[figure.dataset.chart](figure);
       figure.setAttribute("aria-hidden", "true"); // the table says the same
       open.set(figure, new uPlot(options, data, figure));

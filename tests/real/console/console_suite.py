@@ -106,7 +106,7 @@ class Suite:
         return bool(status["ready"] and status["controller"]["connected"])
 
     def _submit(self) -> None:
-        """Short jobs to learn from, then long ones that queue."""
+        """Short jobs to learn from, then long ones that queue, and short ones behind them."""
         rng, call = random.Random(3), self.admin("gpu").call
         for at in range(60):
             size = rng.choice((0.02, 0.05, 0.3)) * rng.uniform(0.5, 2)
@@ -116,6 +116,8 @@ class Suite:
             size = 400.0 if at % 3 else 9000.0
             call("jobs.submit", command=["x"], min_gpus=2, max_gpus=8, size_gpu_s=size,
                  name=f"long-{at}")  # fmt: skip
+        for at in range(6):
+            call("jobs.submit", command=["x"], max_gpus=2, size_gpu_s=0.05, name=f"behind-{at}")
         status = self.admin("proxy").call("status")
         for prompt in ("one", "two", HOSTILE):
             body = json.dumps({"prompt": prompt, "service_type": "model_selector"}).encode()

@@ -35,9 +35,9 @@ ACTIVE = 4
 RECOVER_S = 90.0
 
 
-def processes(lab: Lab) -> dict[str, list[int]]:
-    """Raylets that have slots, and the slots, of this lab's cluster."""
-    temp = json.loads((lab.state / "ray" / "cluster.json").read_text())["temp_dir"]
+def processes(state: Path) -> dict[str, list[int]]:
+    """Raylets that have slots, and the slots, of the cluster of the daemon with that state."""
+    temp = json.loads((state / "ray" / "cluster.json").read_text())["temp_dir"]
     parents: dict[int, int] = {}
     raylets, slots = set(), []
     for entry in Path("/proc").iterdir():
@@ -98,7 +98,7 @@ class Rounds:
         elif kind == "driver":
             os.kill(before["detail"]["ray"]["driver"], signal.SIGKILL)
         else:
-            os.kill(self.rng.choice(processes(lab)[kind]), signal.SIGKILL)
+            os.kill(self.rng.choice(processes(lab.state)[kind]), signal.SIGKILL)
         await self.whole(kind, before)
         self.recovered[kind].append(time.monotonic() - began)
 
@@ -107,7 +107,7 @@ class Rounds:
         gone = kind not in ("slot", "raylet")
         async with asyncio.timeout(RECOVER_S):
             while True:
-                found = processes(self.lab)
+                found = processes(self.lab.state)
                 status = (await self.lab.ask("status"))["detail"]
                 ray = status["ray"]
                 gone = gone or len(found["slot"]) < self.lab.gpus

@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--kinds", default="", help=f"comma separated, of: {', '.join(KINDS)}; default: all"
     )
+    parser.add_argument("--ray", action="store_true", help="a second scheduler, over a local Ray")
     parser.add_argument("--minutes", type=float, default=0.0, help="no fault begins after so long")
     parser.add_argument(
         "--recover-s", type=float, default=60.0, help="bound on a member's way back"
@@ -54,7 +55,7 @@ def numbers(text: str, faults: int) -> list[int]:
 
 def main() -> int:
     given = arguments()
-    kinds = [kind for kind in given.kinds.split(",") if kind] or kinds_here()
+    kinds = [kind for kind in given.kinds.split(",") if kind] or kinds_here(ray=given.ray)
     if unknown := sorted(set(kinds) - set(KINDS)):
         print(f"--kinds: got {unknown[0]!r}, expected of {', '.join(KINDS)}", file=sys.stderr)
         return 2
@@ -64,7 +65,13 @@ def main() -> int:
     out = given.out or Path(tempfile.mkdtemp(prefix="chaos-"))
     played = numbers(given.only, given.faults)
     options = Options(
-        given.seed, played, kinds, out / "logs", minutes=given.minutes, recover_s=given.recover_s
+        given.seed,
+        played,
+        kinds,
+        out / "logs",
+        minutes=given.minutes,
+        recover_s=given.recover_s,
+        ray=given.ray,
     )
     campaign = Campaign(options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -22,9 +22,10 @@ from benchmarks.chaos.provider import Providers
 from benchmarks.chaos.world import World
 from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
 
+RAY_GPUS: Final = 2
 APPLICATIONS: Final = ("flows", "jobs", "prompts")
 FOLLOWS: Final = {"agent": ("flows",), "gpu": ("jobs",), "proxy": ("prompts",)}
-START_S: Final = 120.0
+START_S: Final = 300.0
 # No prompt answered for so long while nothing is wrong: they stall.
 SILENT_S: Final = 60.0
 TELL_S: Final = 10.0
@@ -44,6 +45,7 @@ class Options:
     pause_s: float = 0.3
     minutes: float = 0.0
     recover_s: float = 60.0
+    ray: bool = False
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Campaign:
     _seen: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.world = World(self.options.logs, self.options.seed)
+        self.world = World(self.options.logs, self.options.seed, ray=self.options.ray)
 
     async def run(self) -> dict[str, Any]:
         """The whole of it; the report, as plain data."""
@@ -92,7 +94,10 @@ class Campaign:
                 world.spaces["provider"], world.ip("provider")
             )
             await world.configure()
-            self.jobs = Jobs(world.member("g"), world.root / "work", options.seed, world.clock)
+            self.jobs = [
+                Jobs(member, world.root / "work" / member.name, options.seed, world.clock)
+                for member in world.of("gpu")
+            ]
             self.faults = Faults(world, self.flows, self.providers, self.faults_wrong)
             async with asyncio.TaskGroup() as tasks:
                 await self._campaign(tasks)
@@ -109,7 +114,8 @@ class Campaign:
         await self._settled(START_S)
         await self.flows.start(tasks)
         self.users.start(tasks, options.talkers, options.streamers)
-        tasks.create_task(self.jobs.run(), name="jobs")
+        for jobs in self.jobs:
+            tasks.create_task(jobs.run(), name=f"jobs of {jobs.member.name}")
         patience = tasks.create_task(self.world.clock.run(), name="patience")
         watch = tasks.create_task(self._watch(), name="watch")
         operator = tasks.create_task(self._operate(), name="operator")
@@ -253,6 +259,11 @@ class Campaign:
                 if runs < member.newest.get(name, runs):
                     self._violated("policies", f"{member.label} went back to {name} {runs}")
                 member.newest[name] = runs
+        ray = status["detail"].get("ray")
+        if ray is not None:
+            gpus = status["detail"]["gpus"]
+            if not ray["connected"] or gpus["usable"] < RAY_GPUS:
+                return f"{member.label}: Ray is not whole: {gpus} {ray}"
         if member.role == "agent":
             for domain in status["detail"]["domains"].values():
                 tc = domain["tc"]
@@ -301,14 +312,15 @@ class Campaign:
         for text in await self.flows.finish():
             self._violated("flows", text)
         self.users.over.set()
-        for text in await self.jobs.finish():
-            self._violated("jobs", text)
+        for judged in await asyncio.gather(*(jobs.finish() for jobs in self.jobs)):
+            for text in judged:
+                self._violated("jobs", text)
         await asyncio.sleep(1.0)
-        for what, judged in (
+        for what, judge in (
             ("prompts", self.users.judge_conversations), ("money", self.users.judge_money),
         ):  # fmt: skip
             try:
-                found = await judged()
+                found = await judge()
             except (AdminUnreachableError, AdminRefusedError, OSError) as error:
                 found = [f"cannot be judged: {error}"]
             for text in found:
@@ -340,6 +352,8 @@ class Campaign:
             "seed": self.options.seed,
             "faults": len(self.rows),
             "seconds": round(took_s, 1),
+            "drawn_from": list(self.options.kinds),
+            "ray": self.options.ray,
             "recover_bound_s": self.options.recover_s,
             "paused_s": round(self.world.clock.lost_s, 1),
             "kinds": dict(sorted(kinds.items())),
@@ -354,8 +368,9 @@ class Campaign:
                     "started": dict(flows.degraded),
                 },
                 "jobs": {
-                    "accepted": len(self.jobs.accepted), "not_accepted": len(self.jobs.unheard),
-                    "runs_beyond_the_first": self.jobs.lost_runs,
+                    "accepted": sum(len(jobs.accepted) for jobs in self.jobs),
+                    "not_accepted": sum(len(jobs.unheard) for jobs in self.jobs),
+                    "runs_beyond_the_first": sum(jobs.lost_runs for jobs in self.jobs),
                 },
                 "prompts": dict(sorted(users.counts.items())),
                 "conversations": len(users.acked),

@@ -21,14 +21,16 @@ from typing import Any, Final
 from benchmarks.chaos.flows import Flows
 from benchmarks.chaos.members import drawn
 from benchmarks.chaos.provider import MODES, PROVIDERS, Providers
-from benchmarks.chaos.world import MEMBERS, World
+from benchmarks.chaos.world import MEMBERS, RAY, World
+from benchmarks.ray_faults import processes
+from intentd.daemons.gpu import ray_cluster
 
 KINDS: Final = {
     "kill": 6, "stop": 4, "cut": 4, "freeze": 3, "delay": 3, "break": 2, "fins": 2, "down": 4,
     "disk": 3, "clock": 3, "boot": 2, "postgres": 3, "postgres disk": 1, "provider": 3, "app": 2,
-    "job": 3,
+    "job": 3, "ray": 4,
 }  # fmt: skip
-"""Kind -> how often, relative to the others."""
+"""Kind -> how often, relative to the others. "ray" only where there is one."""
 LINKS: Final = (
     "s>c", "h1>c", "h2>c", "g>c", "p1>c", "p2>c", "h1>s", "h2>s", "p1>db", "p2>db",
     *(f"{proxy}>{name}" for proxy in ("p1", "p2") for name in PROVIDERS),
@@ -92,6 +94,8 @@ def _aim(kind: str, rng: random.Random) -> tuple[str, str]:
             return rng.choice(("h1", "h2")), ""
         case "job":
             return "g", rng.choice(("command", "supervisor"))
+        case "ray":
+            return RAY, rng.choice(("daemon", "driver", "slot", "raylet", "head"))
     raise ValueError(kind)
 
 
@@ -254,10 +258,44 @@ class Faults:
             pid = drawn(fault.number, "victim").choice(sorted(pids))
             _signal([pid], signal.SIGKILL)
 
+    async def _ray(self, fault: Fault) -> None:
+        """kill -9 of one of the processes a Ray cluster consists of."""
+        member = self.world.member(RAY)
+        if fault.detail == "daemon":
+            await self._killed(RAY)
+        elif fault.detail == "driver":
+            status = await member.status()
+            if status is not None and status["detail"]["ray"]["driver"]:
+                _signal([status["detail"]["ray"]["driver"]], signal.SIGKILL)
+        else:
+            pids = await asyncio.to_thread(_ray_pids, member.state_dir, fault.detail)
+            if pids:
+                victim = drawn(fault.number, "victim").choice(sorted(pids))
+                _signal([victim], signal.SIGKILL)
+        await asyncio.sleep(fault.hold_s)  # until somebody notices
 
-def kinds_here() -> list[str]:
+
+def kinds_here(*, ray: bool) -> list[str]:
     """What can be done on this machine."""
-    return [kind for kind in KINDS if kind != "clock" or shutil.which("cc")]
+    without = {"" if ray else "ray", "" if shutil.which("cc") else "clock"}
+    return [kind for kind in KINDS if kind not in without]
+
+
+def _ray_pids(state: Path, what: str) -> list[int]:
+    """Processes of the cluster that keeps its files there."""
+    if what == "head":
+        said = ray_cluster.running(state / "ray")
+        own = said["temp_dir"].encode() if said is not None else b"\0none"
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                line = path.read_bytes()
+                if b"/gcs_server\0" in line and own in line:
+                    found.append(int(path.parent.name))
+        return found
+    with contextlib.suppress(OSError, KeyError):
+        return processes(state)[what]
+    return []
 
 
 def _signal(pids: Sequence[int], number: signal.Signals) -> None:

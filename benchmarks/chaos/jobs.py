@@ -38,6 +38,7 @@ class Jobs:
     async def run(self) -> None:
         """Keeps a few unfinished jobs there, until it is over."""
         rng = drawn(self.seed, "jobs", self.member.name)
+        self.work.mkdir(parents=True)
         self.last_finish_s = self.clock.now()
         while not self.over.is_set():
             with contextlib.suppress(AdminUnreachableError, AdminRefusedError):

@@ -44,11 +44,12 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if not violations:
         parts.append("None.")
+    again = f" --kinds '{','.join(report['drawn_from'])}'" + (" --ray" if report["ray"] else "")
     for violation in violations:
         last = violation["after"]
         parts.append(
             f"- **{violation['what']}**, after fault {last}: {violation['text']}\n"
-            f"  again: `python -m benchmarks.chaos --seed {report['seed']} "
+            f"  again: `python -m benchmarks.chaos{again} --seed {report['seed']} "
             f"--only {max(0, last - 1)}..{max(0, last)}`"
         )
     return "\n".join(parts) + "\n"

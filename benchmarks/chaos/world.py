@@ -25,6 +25,7 @@ from typing import Any, Final
 from benchmarks.chaos.members import Member, Patience, build_clock
 from benchmarks.chaos.relay import TcpLink, UdpLink
 from benchmarks.local_postgres import Postgres
+from intentd.daemons.gpu import ray_cluster
 from intentd.daemons.kit.keys import new_curve_keys, new_fin_key, write_curve_keys, write_fin_key
 from intentd.testbed import netns
 from intentd.testbed.toml import to_toml
@@ -40,6 +41,7 @@ MEMBERS: Final = (
     ("controller", "c"), ("sequencer", "s"), ("agent", "h1"), ("agent", "h2"),
     ("gpu", "g"), ("proxy", "p1"), ("proxy", "p2"),
 )  # fmt: skip
+RAY: Final = "r"
 OTHERS: Final = ("relay", "db", "provider", "users", "sink")
 STATE_BYTES: Final = 48 << 20
 _HUB, _TURNS, _FIN, _API = 7400, 7410, 7430, 7450
@@ -50,12 +52,14 @@ _STALE: Final = re.compile(r"ichaos-([0-9]+)-")
 class World:
     """Enter it, ``start``, and leave it: nothing stays behind, also after a failure.
 
-    settings: by role, tables laid over those of the members' files.
+    settings: by role, tables laid over those of the members' files. ray: a second GPU scheduler, r,
+    over a Ray cluster of its own in its namespace.
     """
 
     logs: Path
     seed: int
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    ray: bool = False
     clock: Patience = field(default_factory=Patience)
     members: list[Member] = field(default_factory=list)
     tcp: dict[str, TcpLink] = field(default_factory=dict)
@@ -79,17 +83,17 @@ class World:
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-", dir="/tmp"))
         self.root.chmod(0o711)  # the database runs as another user
         self._net = netns.Topology(PREFIX)
-        names = [name for _, name in MEMBERS] + list(OTHERS)
+        wanted = (*MEMBERS, *((("gpu", RAY),) if self.ray else ()))
+        names = [name for _, name in wanted] + list(OTHERS)
         for name in names:
             self.spaces[name] = self._net.namespace(name)
         self._net.star([self.spaces[name] for name in names])
         clock = build_clock(self.root)
-        for role, name in MEMBERS:
-            self._add(role, name, clock)
+        for role, name in wanted:
+            self._add(role, name, "" if name == RAY else clock)
         for name in ("h1", "h2"):
             self.found_qdiscs[name] = self.qdiscs(name)
         self.postgres = Postgres(base=self._disk(self.root / "pg", 400 << 20))
-        (self.root / "work").mkdir()
 
     def _add(self, role: str, name: str, clock: str) -> None:
         base = self.root / f"{role}-{name}"
@@ -217,12 +221,17 @@ class World:
         }
 
     async def _gpu(self, member: Member) -> dict[str, Any]:
-        nodes = [{"name": "a", "gpus": GPUS // 2}, {"name": "b", "gpus": GPUS // 2}]
-        return {
+        each = 1 if member.name == RAY else GPUS // 2
+        nodes = [{"name": name, "gpus": each} for name in ("a", "b")]
+        own: dict[str, Any] = {
             "controller": await self._up(member),
             "jobs": {"nodes": nodes, "policy": "maxmin"},
             "costs": {"hold_growth_s": 2.0},
         }
+        if member.name == RAY:
+            own["jobs"]["executor"] = "ray"
+            own["ray"] = {"lease_s": 5.0, "lost_after_s": 8.0}
+        return own
 
     async def _proxy(self, member: Member) -> dict[str, Any]:
         assert self.postgres is not None
@@ -297,6 +306,8 @@ class World:
         if self.root == Path():
             return
         end_jobs(self.root)
+        if self.ray:
+            ray_cluster.stop(self.root / f"gpu-{RAY}" / "state" / "ray")
         if self.postgres is not None:
             self.postgres.close()
         if self._net is not None:

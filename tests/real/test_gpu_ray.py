@@ -57,7 +57,7 @@ async def whole(lab: Lab) -> None:
     async def look() -> bool:
         status = (await lab.ask("status"))["detail"]
         idle = not status["gpus"]["held"] and status["gpus"]["usable"] == lab.gpus
-        there = len(processes(lab)["slot"]) == lab.gpus
+        there = len(processes(lab.state)["slot"]) == lab.gpus
         return bool(idle and there and status["ray"]["connected"])
 
     await eventually(look)
@@ -130,7 +130,7 @@ async def test_the_daemon_and_its_driver_may_die_and_runs_go_on(lab: Lab) -> Non
 async def test_a_killed_slot_costs_what_was_not_saved(lab: Lab) -> None:
     made = await lab.submit("slot", 16.0, min_gpus=2, max_gpus=2)
     assert await saved(lab, "slot") > 0
-    for pid in processes(lab)["slot"]:
+    for pid in processes(lab.state)["slot"]:
         os.kill(pid, signal.SIGKILL)
     shown = await over(lab, made["job"])
     assert (shown["state"], shown["lost"], shown["epoch"]) == ("finished", 1, 2)
@@ -143,7 +143,7 @@ async def test_a_killed_slot_costs_what_was_not_saved(lab: Lab) -> None:
 async def test_a_lost_node_is_noticed_and_its_job_goes_on_elsewhere(lab: Lab) -> None:
     made = await lab.submit("node", 32.0, min_gpus=4, max_gpus=4)  # a gang over both
     await saved(lab, "node")
-    os.kill(processes(lab)["raylet"][0], signal.SIGKILL)
+    os.kill(processes(lab.state)["raylet"][0], signal.SIGKILL)
     shown = await until(lab, made["job"], lambda shown: shown["lost"] > 0)
     shown = await over(lab, made["job"])
     assert shown["state"] == "finished"

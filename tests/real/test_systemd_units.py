@@ -42,6 +42,16 @@ def test_there_is_a_unit_for_every_daemon() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_no_outage_is_so_long_that_a_daemon_stays_down(unit: Path) -> None:
+    own = settings(unit)
+    assert own["Restart"] == "on-failure"
+    assert own["StartLimitIntervalSec"] == "0"
+    assert int(own["RestartSec"]) >= 2
+    if unit.stem != "intentd-ray":
+        assert own["RestartPreventExitStatus"] == "2"
+
+
 @needs_systemd
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_exposure_is_at_most_two(unit: Path) -> None:

@@ -296,7 +296,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             api.driver.foreteller = Foreteller(routing.router) if routing is not None else None
             api.driver.warmth.keep_s = config.upstream.prompt_cache_s
             api.driver.agreement = learned.agreement
-            api.log.most = api.memory.most = config.records.recent
+            api.log.most = api.answers.memory.most = config.records.recent
             api.config = config
             self._own = (own_types, own_rules)
             self._steer(api, self._steering)
@@ -388,7 +388,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         }
 
     async def _route(self, api: Api, args: dict[str, Any]) -> dict[str, Any]:
-        made = get_type(api.types, args.get("service_type") or "router")
+        made = get_type(api.answers.types, args.get("service_type") or "router")
         prompt, pool = _text(args, "prompt"), api.driver.pool
         return await asyncio.to_thread(explain_route, prompt, made, pool, self._routing)
 
@@ -445,17 +445,17 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         budget_rules(wanted)
         if self.api is not None:
             self._steer(self.api, wanted)
-            self.api.policy = [policy.era, policy.number]
+            self.api.answers.policy = [policy.era, policy.number]
         self._steering = wanted
         return PolicyAck(policy.application, policy.era, policy.number, applied=True)
 
     def _steer(self, api: Api, policy: PromptsPolicy) -> None:
         """Thresholds, budgets and cooldowns of a policy over those of the configuration."""
         types, rules = self._own
-        api.types = steered_types(types, policy)
-        api.outcomes.types = api.types
+        api.answers.types = steered_types(types, policy)
+        api.outcomes.types = api.answers.types
         if self._cache is not None:
-            self._cache.prefetcher.types = api.types
+            self._cache.prefetcher.types = api.answers.types
         api.engine.shared_budgets = with_rules(rules, policy)
         for model in api.engine.models.values():
             model.health.cooldown_s = policy.cooldowns_s.get(

@@ -15,9 +15,10 @@ import orjson
 from intentd.core.errors import InputError, IntentdError
 from intentd.core.prompts.request import PipelineError
 from intentd.proxy import native
+from intentd.proxy.answers import answer_document
 from intentd.proxy.errors import ApiError, no_answer
 from intentd.proxy.keys import Key
-from intentd.proxy.server import Api, answer_document
+from intentd.proxy.server import Api
 
 CONSOLE: Final = Key("console", "console", "default")
 MAX_SPEND_ROWS: Final = 1000
@@ -59,7 +60,7 @@ async def books(api: Api, status: Mapping[str, Any], body: Mapping[str, Any]) ->
         ],
         "models": status.get("models", {}),
         "cache": status.get("cache"),
-        "service_types": sorted(api.types),
+        "service_types": sorted(api.answers.types),
         "keys": len(api.keys),
     }
 
@@ -74,11 +75,11 @@ async def ask(api: Api, subject: str, body: Mapping[str, Any]) -> dict[str, Any]
             if len(asked.request.prompt) > MAX_PROMPT:
                 size = len(asked.request.prompt)
                 raise InputError("prompt", f"{size} characters", f"at most {MAX_PROMPT}")
-            made = await api.perform(asked, exchange)
+            made = await api.answers.perform(asked, exchange)
         else:
             wanted = native.read_regenerate(raw)
-            asked, before = await api.again(wanted, exchange)
-            made = await api.perform(asked, exchange, None, before, wanted.request_id)
+            asked, before = await api.answers.again(wanted, exchange)
+            made = await api.answers.perform(asked, exchange, None, before, wanted.request_id)
     except PipelineError as error:
         raise IntentdError(str(no_answer(error))) from None
     except ApiError as error:

@@ -1,17 +1,15 @@
-"""The HTTP API: routes, keys, bounds; answers and streams out; one place for errors."""
+"""The HTTP API: routes, keys, bounds; one place for errors. Who answers is in answers.py."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import orjson
 from aiohttp import web
@@ -21,26 +19,22 @@ from aiohttp.streams import StreamReader
 
 from intentd import __version__
 from intentd.core.errors import InputError
-from intentd.core.prompts.pipeline import Answer, PipelineError
-from intentd.core.prompts.regenerate import Previous, regenerate
-from intentd.core.prompts.service_types import CacheStage, ServiceType, get_type, with_options
+from intentd.core.prompts.pipeline import Answer
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.metrics import Metrics
 from intentd.proxy import native
+from intentd.proxy.answers import Answers, controlled
 from intentd.proxy.batch import Batch, read_batch
 from intentd.proxy.cache.api import CacheApi
-from intentd.proxy.cache.control import with_cache_control
 from intentd.proxy.cache.part import CachePart
-from intentd.proxy.call import Call, Exchange, guessed_usage, models_named
+from intentd.proxy.call import Call, Exchange
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.dialects import anthropic, openai_chat
-from intentd.proxy.dialects.dialect import Dialect
 from intentd.proxy.dialects.openai_chat import CHAT
 from intentd.proxy.dialects.openai_responses import read_responses
-from intentd.proxy.dialects.responses_out import RESPONSES
 from intentd.proxy.driver import Driver
-from intentd.proxy.engine import Engine, PoolModel
-from intentd.proxy.errors import ApiError, bad_field, from_input_error, no_answer, shown
+from intentd.proxy.engine import Engine
+from intentd.proxy.errors import ApiError, bad_field, from_input_error, shown
 from intentd.proxy.feedback import Feedback, FeedbackBook
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
@@ -48,17 +42,11 @@ from intentd.proxy.openapi import openapi_document
 from intentd.proxy.outgoing import Gone, WholeResponse
 from intentd.proxy.reading import Reading, RequestLog
 from intentd.proxy.reports import OutcomeCounter
-from intentd.proxy.responses import Continuation
-from intentd.proxy.service import FIXED, quota_rules, restricted
-from intentd.proxy.store.base import State, Turn
+from intentd.proxy.service import FIXED
+from intentd.proxy.store.base import State
 from intentd.proxy.streams import (
-    Sink,
     answer_headers,
-    answer_usage,
-    answer_value,
     json_response,
-    pass_stream,
-    with_metadata,
 )
 from intentd.proxy.tracing import Tracing
 
@@ -95,8 +83,6 @@ class Api:
         self.config = config
         self.engine = engine
         self.driver = driver
-        self.types: dict[str, ServiceType] = {}
-        self.memory = native.Memory(config.records.recent)
         self.keys = keys
         self.ledger = state.books
         self._rates = state.rates
@@ -105,13 +91,13 @@ class Api:
         self.idle = asyncio.Event()
         self.idle.set()
         self.draining = False
-        self.policy: list[int] | None = None
         self.outcomes = OutcomeCounter()
         feedback.subscribers.append(self.outcomes.heard)
         self._kit_metrics = kit_metrics
         self._clock = clock
         self.log = RequestLog(state.books, config.records.recent)
         self.feedback = feedback
+        self.answers = Answers(engine, driver, clock, self.log, feedback)
         self.tracing: Tracing | None = None
         self.reading = Reading(engine, state.turns, self.log, feedback)
         self._routes: dict[str, tuple[str, Handler]] = {
@@ -321,139 +307,47 @@ class Api:
             name = call.service_type or FIXED
             if name != FIXED:
                 raise bad_field("service_type", name, FIXED, code="unknown_service_type")
-            return await self._pass_through(request, call, exchange)
+            return await self.answers.pass_through(request, call, exchange)
 
         return generate
 
     async def _chat(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         call = openai_chat.read_chat(await self._body(request), _service_header(request))
-        return await self._converse(request, call, exchange, CHAT)
+        return await self.answers.converse(request, call, exchange, CHAT)
 
     async def _messages(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """Anthropic's API."""
         call = anthropic.read_messages(await self._body(request), _service_header(request))
-        return await self._converse(request, call, exchange, anthropic.MESSAGES)
+        return await self.answers.converse(request, call, exchange, anthropic.MESSAGES)
 
     async def _count_tokens(
         self, request: web.BaseRequest, exchange: Exchange
     ) -> web.StreamResponse:
         """An estimate by what providers counted of earlier requests; it costs nothing."""
         call = anthropic.read_count(await self._body(request), _service_header(request))
-        self._wishes(request, call)
-        if call.service_type == FIXED:
-            self._admit(call, exchange)
-            exchange.model = ""  # nothing is asked, nothing booked
-            model = self.engine.models[call.model]
-        elif call.service_type not in self.types or not self.engine.models:
-            get_type(self.types, call.service_type)
-            raise ApiError(503, "no models configured")
-        else:
-            model = next(iter(self.engine.models.values()))
-        tokens = model.ratio.count(call.size_bytes)
-        tokens += call.images * model.upstream.model.image_tokens
-        told = {
-            "estimated": True,
-            "model": model.name,
-            "bytes_per_token": round(model.ratio.bytes_per_token, 3),
-            "learned_from": model.ratio.requests,
-        }
-        return json_response({"input_tokens": tokens, "intentd": told}, exchange)
-
-    async def _converse(
-        self, request: web.BaseRequest, call: Call, exchange: Exchange, dialect: Dialect
-    ) -> web.StreamResponse:
-        """A chat: as it is to the model it names, or by a service type."""
-        conversation, options = self._wishes(request, call)
-        passes = call.service_type == FIXED and not conversation and not options
-        if passes and not self._fixed_is_cached(call):
-            return await self._pass_through(request, call, exchange, dialect)
-        if call.service_type == FIXED:
-            self._named_model(call, exchange.key)
-            options = {"model": call.model, **options}
-        asked = native.chat_request(call, conversation, options)
-        return await self._delegate(request, asked, exchange, call, dialect=dialect)
+        return self.answers.count_tokens(request, call, exchange)
 
     async def _responses(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """OpenAI's responses: a stored one can be gone on from."""
         read = read_responses(await self._body(request), _service_header(request))
-        call = read.call
-        conversation, options = self._wishes(request, call, read.conversation)
-        kept = not conversation and (read.store or read.previous is not None)
-        passes = call.service_type == FIXED and not conversation and not options and not kept
-        if passes and not self._fixed_is_cached(call):
-            return await self._pass_through(request, call, exchange, RESPONSES)
-        if call.service_type == FIXED:
-            self._named_model(call, exchange.key)
-            options = {"model": call.model, **options}
-        asked = native.chat_request(call, conversation, options)
-        continuation = Continuation(read, exchange) if kept else None
-        return await self._delegate(
-            request, asked, exchange, call, dialect=RESPONSES, continuation=continuation
-        )
-
-    def _wishes(
-        self, request: web.BaseRequest, call: Call, named: object = None
-    ) -> tuple[str, dict[str, Any]]:
-        """(conversation, options) of a chat; fills in the service type that its model names.
-
-        named: a conversation in the dialect's own field.
-        """
-        if not call.service_type and call.model not in self.engine.models:
-            call.service_type = call.model if call.model in self.types else FIXED
-        call.service_type = call.service_type or FIXED
-        header = request.headers.get(native.CONVERSATION_HEADER)
-        if named is not None:
-            conversation = native.conversation_name(named, "conversation")
-        elif "conversation" in call.extension:
-            given = call.extension["conversation"]
-            conversation = native.conversation_name(given, "intentd.conversation")
-        else:
-            conversation = native.conversation_name(header, native.CONVERSATION_HEADER)
-        options = call.extension.get("options", {})
-        if not isinstance(options, dict):
-            raise bad_field("intentd.options", options, "an object")
-        return conversation, options
-
-    def _fixed_is_cached(self, call: Call) -> bool:
-        """An operator gave `fixed` a cache; several answers at once are not kept."""
-        fixed = self.types.get(FIXED)
-        return fixed is not None and fixed.stage(CacheStage) is not None and call.answers == 1
-
-    async def _pass_through(
-        self,
-        request: web.BaseRequest,
-        call: Call,
-        exchange: Exchange,
-        dialect: Dialect = CHAT,
-    ) -> web.StreamResponse:
-        self._admit(call, exchange)
-        if call.stream:
-            return await pass_stream(self.engine, request, call, exchange, dialect)
-        answer = await self.engine.complete(call, exchange)
-        exchange.model = exchange.steps[-1].model
-        exchange.total_s = self._clock.now() - exchange.started_s
-        exchange.status = 200
-        if dialect is not CHAT:
-            usage = answer.usage or guessed_usage(call, len(answer.raw))
-            return json_response(dialect.document(answer.value, usage, call, exchange), exchange)
-        return WholeResponse(
-            with_metadata(answer.raw, answer.value, exchange), answer_headers(exchange)
-        )
+        return await self.answers.respond(request, read, exchange)
 
     async def _request(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """``request(prompt, service_type, {key: value})`` (dissertation, table 4.2)."""
         asked = native.read_request(await self._body(request))
-        return await self._delegate(request, asked, exchange, None)
+        return await self.answers.delegate(request, asked, exchange, None)
 
     async def _openapi(self, _request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        return json_response(openapi_document(__version__, self._routes, self.types), exchange)
+        return json_response(
+            openapi_document(__version__, self._routes, self.answers.types), exchange
+        )
 
     async def _batch(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """A list of prompts by several models or service types."""
         asked = read_batch(await self._body(request), self.config.batch)
 
         async def perform(one: native.Asked, own: Exchange) -> Answer:
-            return await self.perform(_controlled(one, request), own)
+            return await self.answers.perform(controlled(one, request), own)
 
         batch = Batch(asked, exchange, self._clock, perform, self.close, self._pace)
         return await (batch.streamed(request) if asked.stream else batch.whole())
@@ -464,141 +358,7 @@ class Api:
     async def _regenerate(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """``regenerate(service_type, {key: value})``: a better answer in place of another."""
         wanted = native.read_regenerate(await self._body(request))
-        asked, before = await self.again(wanted, exchange)
-        return await self._delegate(request, asked, exchange, None, before, wanted.request_id)
-
-    async def again(
-        self, wanted: native.Regenerate, exchange: Exchange
-    ) -> tuple[native.Asked, native.Remembered]:
-        """What to ask in place of an answer, which is thereby rated bad. Raises ApiError."""
-        before = self.memory.find(wanted.request_id, exchange.key.key_id)
-        options = {**before.asked.options, **wanted.options}
-        name = wanted.service_type or before.asked.service_type
-        if wanted.service_type and wanted.service_type != before.asked.service_type:
-            options = wanted.options  # those of the other type may mean nothing here
-        asked = native.Asked(name, before.asked.request, options)
-        document = await self.log.find(wanted.request_id, exchange.key.key_id) or {}
-        self.feedback.tell(
-            Feedback(wanted.request_id, exchange.key.key_id, False, "regenerated", document)
-        )
-        return asked, before
-
-    async def _delegate(
-        self,
-        http: web.BaseRequest,
-        asked: native.Asked,
-        exchange: Exchange,
-        call: Call | None,
-        before: native.Remembered | None = None,
-        regenerates: str = "",
-        dialect: Dialect = CHAT,
-        continuation: Continuation | None = None,
-    ) -> web.StreamResponse:
-        """Run a service type. call: the chat it came as; None for the native API."""
-        asked = _controlled(asked, http)
-        sink = None
-        if call is not None and call.stream:
-            sink = Sink(self.engine, http, call, exchange, dialect)
-            exchange.stream = True
-        try:
-            answer = await self.perform(asked, exchange, sink, before, regenerates, continuation)
-        except PipelineError as error:
-            if sink is not None and sink.started:
-                return await sink.fail(str(error))
-            raise no_answer(error, exchange.retry_after_s) from None
-        if sink is not None:
-            return await sink.finish(answer)
-        if call is not None:
-            value = answer_value(answer, exchange)
-            return json_response(
-                dialect.document(value, answer_usage(answer), call, exchange), exchange
-            )
-        return json_response(answer_document(answer, exchange), exchange)
-
-    async def perform(
-        self,
-        asked: native.Asked,
-        exchange: Exchange,
-        sink: Sink | None = None,
-        before: native.Remembered | None = None,
-        regenerates: str = "",
-        continuation: Continuation | None = None,
-    ) -> Answer:
-        """Answer by a service type, in the conversation's turn. Raises ApiError, InputError and
-        PipelineError."""
-        made = self._made(asked, exchange)
-        request = asked.request
-        rounds = 0
-        if before is not None:
-            rounds = before.rounds + 1
-            previous = Previous(
-                regenerates, before.asked.service_type, before.answered_by, before.rounds,
-                before.cached,
-            )  # fmt: skip
-            made, request = regenerate(
-                previous,
-                request,
-                {**self.types, made.name: made},
-                self.driver.pool,
-                service_type=asked.service_type,
-            )
-        exchange.rules = quota_rules(made, exchange.key.key_id)
-        exchange.policy = self.policy
-        async with contextlib.AsyncExitStack() as stack:
-            conversations, key_id = self.driver.conversations, exchange.key.key_id
-            turn: Turn | None = None
-            waits_for = request.conversation or (continuation and continuation.conversation)
-            if waits_for:
-                turn = await stack.enter_async_context(conversations.turn(key_id, waits_for))
-            if continuation is not None:
-                request = await continuation.enter(request, conversations)
-                if request.conversation != waits_for:  # it only read there
-                    await stack.aclose()
-                    turn = None
-                if request.conversation and turn is None:
-                    name = request.conversation
-                    turn = await stack.enter_async_context(conversations.turn(key_id, name))
-            if turn is not None:
-                exchange.sequence = turn.sequence
-            try:
-                answer = await self.driver.run(
-                    made, request, exchange, sink.stream if sink is not None else None
-                )
-            except PipelineError as error:
-                exchange.trace = error.trace
-                exchange.outcome = "no_answer"
-                raise
-            exchange.trace = answer.trace
-            answer.trace.regenerates = regenerates
-            exchange.model = answer.trace.answered_by
-            seed = continuation.seed if continuation is not None else ()
-            await self.driver.remember(answer, request, exchange, turn, seed)
-        kept = native.Asked(asked.service_type, request, asked.options)
-        self.memory.keep(
-            exchange.request_id,
-            native.Remembered(
-                exchange.key.key_id, kept, answer.trace.answered_by, rounds, answer.item is not None
-            ),
-        )
-        exchange.total_s = self._clock.now() - exchange.started_s
-        exchange.status = 200
-        return answer
-
-    def _made(self, asked: native.Asked, exchange: Exchange) -> ServiceType:
-        """The service type with the request's options, for this key. Raises ApiError."""
-        grants = exchange.key.grants
-        if grants.service_types and asked.service_type not in grants.service_types:
-            raise ApiError(
-                403,
-                f"service_type: this key may use {models_named(grants.service_types)}",
-                param="service_type",
-            )
-        made = get_type(self.types, asked.service_type)
-        exchange.service_type = made.name
-        exchange.model = made.name  # until somebody has answered
-        if "cache" in asked.options and self.driver.cache is None:
-            raise bad_field("options.cache", asked.options["cache"], "nothing: there is no cache")
-        return with_options(restricted(made, grants.models), asked.options)
+        return await self.answers.regenerate(request, wanted, exchange)
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         bound = self.config.listen.max_body_bytes
@@ -617,62 +377,8 @@ class Api:
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
 
-    def _named_model(self, call: Call, key: Key) -> PoolModel:
-        """The model that a request names. Raises ApiError 404 for one this key has not."""
-        model = self.engine.models.get(call.model)
-        allowed = key.grants.models
-        if model is None or (allowed and call.model not in allowed):
-            names = [name for name in self.engine.models if not allowed or name in allowed]
-            raise ApiError(
-                404,
-                f"model: got {shown(call.model)}, expected one of {models_named(names)}",
-                param="model",
-                code="model_not_found",
-            )
-        return model
-
-    def _admit(self, call: Call, exchange: Exchange) -> None:
-        """Whether there is such a model, and this key may use it."""
-        exchange.service_type = call.service_type = FIXED
-        grants = exchange.key.grants
-        if grants.service_types and call.service_type not in grants.service_types:
-            raise ApiError(
-                403,
-                f"service_type: this key may use {models_named(grants.service_types)}",
-                param="service_type",
-            )
-        model = self._named_model(call, exchange.key)
-        exchange.model = call.model
-        exchange.stream = call.stream
-        exchange.context_messages = call.messages
-        exchange.policy = self.policy
-        for need, field in model.lacks(call).items():
-            able = [one.name for one in self.engine.models.values() if not one.lacks(call)]
-            others = models_named(able) if able else "no model of the pool can"
-            raise bad_field(
-                field, need, f"nothing that {model.name} cannot do; able: {others}",
-                code="unsupported_by_model",
-            )  # fmt: skip
-        window = model.upstream.model.window
-        if window and call.size_bytes > window * 16:
-            # No tokenizer in use has longer tokens on average; what is nearer to the window is
-            # the provider's to judge, who counts exactly.
-            raise ApiError(
-                400,
-                f"messages: {call.size_bytes} bytes cannot fit the window of {window} tokens",
-                param="messages",
-                code="context_length_exceeded",
-            )
-
 
 _NOBODY: Final = Key("", "", "")
-
-
-def answer_document(answer: Answer, exchange: Exchange) -> dict[str, Any]:
-    """An answer in the words of the native API."""
-    return {
-        "id": exchange.request_id, "response": answer.text, "metadata": exchange.document(),
-    }  # fmt: skip
 
 
 def _request_id(given: str | None) -> str:
@@ -680,13 +386,6 @@ def _request_id(given: str | None) -> str:
     if given and _REQUEST_ID.match(given):
         return given
     return f"req_{_BOOT}{next(_NUMBERS):08x}"
-
-
-def _controlled(asked: native.Asked, request: web.BaseRequest) -> native.Asked:
-    """With what Cache-Control asks for. Raises ApiError."""
-    if "Cache-Control" not in request.headers:
-        return asked
-    return replace(asked, request=with_cache_control(asked.request, request.headers))
 
 
 def _service_header(request: web.BaseRequest) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from intentd.core.errors import InputError, IntentdError
 from intentd.core.jobs.search_space import Evaluator, Space, evaluate_point
+from intentd.daemons.kit.reach import require_listener
 
 Array = NDArray[np.float64]
 Task = tuple[tuple[Evaluator, ...], Space]
@@ -90,6 +91,7 @@ class RayPool:
             raise InputError("ray", address, "Ray installed here (pip install ray)") from None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
+            require_listener(address)  # Ray would try for minutes
             self._ray.init(address=address, namespace="intentd-search", log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise IntentdError(f"ray: no cluster at {address} ({error})") from None

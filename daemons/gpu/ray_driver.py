@@ -46,6 +46,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from intentd.daemons.gpu import ray_runner, ray_slot
 from intentd.daemons.gpu.ray_fleet import Call, Create, Fleet, Key, Kill, Say
+from intentd.daemons.kit.reach import require_listener
 
 PREFIX: Final = "intentd-slot"
 LINE_BYTES: Final = 1 << 24
@@ -91,7 +92,11 @@ class Driver:
         self._doing: set[asyncio.Task[None]] = set()
 
     def connect(self) -> None:
-        """Joins the cluster. Raises what Ray raises."""
+        """Joins the cluster. Raises OSError if nobody is there, and what Ray raises."""
+        try:
+            require_listener(self.address)
+        except OSError as error:
+            raise OSError(f"no cluster at {self.address}: {error}") from None
         cloudpickle.register_pickle_by_value(ray_slot)
         ray.init(
             address=self.address,

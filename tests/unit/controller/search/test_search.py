@@ -2,6 +2,8 @@
 
 import json
 import math
+import socket
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from intentd.controller.search import histories
 from intentd.controller.search.chart import html_chart, write_chart
 from intentd.controller.search.pool import LocalPool, ProcessPool, open_pool
 from intentd.controller.search.solver import Budget, PreferenceSolver, read_front
-from intentd.core.errors import InputError
+from intentd.core.errors import InputError, IntentdError
 from intentd.core.jobs.metrics import Objective, parse_objectives
 from intentd.core.jobs.policy import JobsPolicy, make
 from intentd.core.jobs.search_space import (
@@ -150,6 +152,15 @@ def test_an_absent_ray_is_one_clear_error(found):
             solver(found).update_pareto_front(ray="127.0.0.1:6379")
     else:
         pytest.skip("Ray is installed")
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", object())  # is not asked
+    with socket.socket() as bound:  # nobody hears there
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(IntentdError, match=rf"no cluster at {address} \(Connection refused\)"):
+            open_pool([], None, ray=address)
 
 
 def test_spaces_stay_in_their_box_and_return_to_it():

@@ -41,6 +41,7 @@ MARKED: Final = 10
 ERROR: Final = 11
 STATS: Final = 12
 STATS_REPLY: Final = 13
+PAUSE: Final = 14
 
 # OPEN flags
 WANTS_MARK: Final = 1  # one socket rides along (SCM_RIGHTS): mark it with the flow's class
@@ -85,6 +86,7 @@ _MARKED: Final = struct.Struct("!HBBI")
 _ERROR: Final = struct.Struct("!HH")
 _STATS: Final = struct.Struct("!64s")
 _STATS_REPLY: Final = struct.Struct("!QQQIIII")
+_PAUSE: Final = struct.Struct("!I")
 
 HEADER_BYTES: Final = _HEADER.size
 _OPEN_FLAGS: Final = (0, WANTS_MARK, WANTS_MARK | MARK_ONLY, STARTED)
@@ -107,6 +109,7 @@ NAMES: Final = {
     ERROR: "ERROR",
     STATS: "STATS",
     STATS_REPLY: "STATS_REPLY",
+    PAUSE: "PAUSE",
 }
 
 
@@ -427,6 +430,11 @@ def encode_stats(request: int, domain: str = "") -> bytes:
 
 def encode_welcome(request: int, boot: int, flags: int, max_flows: int) -> bytes:
     return _HEADER.pack(MAGIC, VERSION, WELCOME, request) + _WELCOME.pack(boot, flags, max_flows)
+
+
+def encode_pause(longest_ms: int) -> bytes:
+    """The agent restarts and takes this connection along: it answers again within longest_ms."""
+    return _HEADER.pack(MAGIC, VERSION, PAUSE, 0) + _PAUSE.pack(longest_ms)
 
 
 _GRANT_PACKET: Final = struct.Struct("!HBBIQHBBH2xIIQ")

@@ -18,10 +18,10 @@ import stat
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from intentd.agent import app_protocol as wire
 from intentd.agent.app_protocol import FromApplication, ProtocolError
@@ -139,6 +139,14 @@ class Application:
         self._socket.writable(self, False)
 
 
+class Detached(NamedTuple):
+    """A connection to be handed on: its descriptor, and what its application has still to read."""
+
+    application: Application
+    fd: int
+    backlog: tuple[bytes, ...]
+
+
 class AppSocket:
     """The listening socket and its connections. Life: ``open``, ``close``; both once."""
 
@@ -164,14 +172,32 @@ class AppSocket:
         self._doomed: list[Application] = []
         self._next_number = 0
         self._resume: asyncio.TimerHandle | None = None
+        self._detached = False
 
     # -- life -------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Bind and listen. Raises SocketInUseError if another agent has the path."""
+    def open(self, kept: socket.socket | None = None, *, accept: bool = True) -> None:
+        """Bind and listen, or go on with the socket of the agent before (kept).
+
+        accept False: nothing is accepted before ``resume``.
+
+        Raises SocketInUseError if another agent has the path.
+        """
         self._loop = asyncio.get_running_loop()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        try:
+            self._take_lock()
+        except BaseException:
+            if kept is not None:
+                kept.close()
+            raise
+        if kept is not None:
+            if _listens_at(kept, self.path):
+                self._listener = kept
+                if accept:
+                    self.resume()
+                return
+            kept.close()
         listener = socket.socket(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
@@ -185,7 +211,53 @@ class AppSocket:
             self._release_lock()
             raise
         self._listener = listener
-        self._loop.add_reader(listener.fileno(), self._accept)
+        if accept:
+            self.resume()
+
+    def resume(self) -> None:
+        """Accept, and read what the connections say."""
+        assert self._listener is not None, "open comes first"
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+        for application in self.connections.values():
+            self._loop.add_reader(application._sock.fileno(), self._readable, application)
+
+    def adopt(self, sock: socket.socket, name: str, backlog: Iterable[bytes]) -> Application | None:
+        """Go on with a connection of the agent before; None: its application has gone."""
+        sock.setblocking(False)
+        self._next_number += 1
+        try:
+            application = Application(self, sock, self._next_number)
+        except OSError:
+            sock.close()
+            return None
+        application.name = name
+        application._backlog.extend(backlog)
+        self.connections[application.number] = application
+        if application._backlog:
+            self.writable(application, True)
+        return application
+
+    def detach(self) -> tuple[list[int], list[Detached]]:
+        """Leave everything to the agent that follows: the listener, and the connections.
+
+        Nothing is read or sent any more; ``close`` closes our side.
+        """
+        if self._resume is not None:
+            self._resume.cancel()
+            self._resume = None
+        listeners = [] if self._listener is None else [self._listener.fileno()]
+        for listener in listeners:
+            self._loop.remove_reader(listener)
+        left = []
+        for application in list(self.connections.values()):
+            if not application.accepting:
+                continue
+            application.accepting = False
+            self._loop.remove_reader(application._sock.fileno())
+            self._loop.remove_writer(application._sock.fileno())
+            left.append(Detached(application, application._sock.fileno(), (*application._backlog,)))
+        self._detached = True
+        return listeners, left
 
     def stop_accepting(self) -> None:
         """No new connections; those open stay."""
@@ -197,13 +269,17 @@ class AppSocket:
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         self._listener = None
-        self.path.unlink(missing_ok=True)
+        if not self._detached:
+            self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close everything; the handler hears of each connection's end."""
         self.stop_accepting()
         for application in list(self.connections.values()):
-            self._end(application)
+            if self._detached:
+                application._sock.close()
+            else:
+                self._end(application)
         self._doomed.clear()
         self._release_lock()
 
@@ -360,6 +436,14 @@ class AppSocket:
         application._sock.close()
         application._backlog.clear()
         self._handler.left(application)
+
+
+def _listens_at(sock: socket.socket, path: Path) -> bool:
+    """Whether applications that go to path still meet this socket."""
+    try:
+        return sock.getsockname() == str(path) and stat.S_ISSOCK(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 # -- descriptors ----------------------------------------------------------------------------------

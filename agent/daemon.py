@@ -19,6 +19,7 @@ from intentd.agent.board import Board
 from intentd.agent.config import AgentConfig, DomainSection
 from intentd.agent.domain import Domain, Route, parse_network
 from intentd.agent.explain import explain
+from intentd.agent.handover import hand_over, listener, take_over
 from intentd.agent.marking import mark
 from intentd.agent.metrics import AgentCollector
 from intentd.agent.shell import GateShell
@@ -121,8 +122,12 @@ class AgentDaemon(Daemon[AgentConfig]):
         tasks.create_task(self._verify_for_ever(), name="tc-verify")
 
     async def drain(self, deadline_s: float) -> None:
-        """No new flows; those that wait or send may end."""
+        """Where the manager holds descriptors, the next agent gets connections and flows. Else no
+        new flows; those that wait or send may end."""
         self.shell.stop()
+        if self._socket is not None and self.kit.held.capacity:
+            await hand_over(self.kit.held, self._socket, self.shell)
+            return
         if self._socket is not None:
             self._socket.stop_accepting()
         empty = asyncio.Event()
@@ -227,10 +232,12 @@ class AgentDaemon(Daemon[AgentConfig]):
             allowed=lambda uid, gid: not allowed or uid == 0 or uid in allowed,
         )
         try:
-            app_socket.open()
+            app_socket.open(listener(self.kit.held), accept=False)
         except OSError as error:
             raise IntentdError(f"socket {config.socket_path}: {error.strerror}") from None
         self.shell.connections = lambda: len(app_socket.connections)
+        take_over(self.kit.held, app_socket, self.shell)
+        app_socket.resume()
         return app_socket
 
     def _flush(self, domain: Domain) -> None:

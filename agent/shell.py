@@ -144,6 +144,58 @@ class GateShell:
         if self._board is not None:
             self._board.withdraw()
 
+    def restore(self, flows: list[FlowRecord], next_flow: int) -> None:
+        """Go on with the flows of the agent before; their connections are this agent's already.
+
+        Those that send take their places first, then the others queue in the order they came.
+        """
+        now = self._now()
+        self._next_flow = max(self._next_flow, next_flow)
+        earliest = min((record.arrived for record in flows), default=now)
+        releases: dict[str, list[Release]] = {}
+        for record in sorted(flows, key=lambda one: (one.outcome == WAITING, one.arrived)):
+            domain, application = record.domain, record.application
+            assert application is not None, "a flow without its connection"
+            application.flows[record.request] = self.flows[record.flow] = record
+            waits = record.outcome == WAITING
+            released = [Release(record.flow, record.class_index, "policy")]
+            if domain is not None:
+                try:
+                    released = domain.gate.arrive(
+                        record.flow,
+                        record.size,
+                        now=record.arrived if waits else earliest,
+                        class_index=self._class_again(record, domain),
+                        started=not waits,
+                    )
+                except (InputError, GateFullError):
+                    record.domain = None
+            if not waits:
+                continue
+            if record.domain is None:
+                self._grant(record, released[0], now)
+            else:
+                releases.setdefault(record.domain.name, []).extend(released)
+        for name, domain in self.domains.items():
+            for record in flows:
+                if record.domain is domain:
+                    record.class_index = domain.gate.class_index_of(record.flow) or 0
+            self._after(domain, releases.get(name, []), now)
+
+    def _class_again(self, record: FlowRecord, domain: Domain) -> int | None:
+        """The class that a restored flow may name: its own while it sends, else its hint."""
+        if record.outcome == SENDING:
+            wanted = record.class_index
+        elif record.hint != wire.NO_CLASS and self._honour_hints:
+            wanted = record.hint
+        else:
+            return None
+        return wanted if wanted < len(domain.policy.classes) else None
+
+    @property
+    def next_flow(self) -> int:
+        return self._next_flow
+
     def _abandon(self, domain: Domain, now: float) -> None:
         for record in [r for r in self.flows.values() if r.domain is domain]:
             if record.outcome == WAITING:
@@ -203,12 +255,16 @@ class GateShell:
         self, application: Application, message: wire.Hello, _: socket.socket | None
     ) -> None:
         application.name = message.name
+        self.welcome(application, message.request)
+
+    def welcome(self, application: Application, request: int = 0) -> None:
+        """Say what this agent does; the board rides along."""
         flags = wire.WELCOME_MARKS if self.can_mark else 0
         if any(domain.shaped for domain in self.domains.values()):
             flags |= wire.WELCOME_SHAPES
         if self._board is not None:
             flags |= wire.WELCOME_BOARD
-        welcome = wire.encode_welcome(message.request, self._boot, flags, self._max_flows)
+        welcome = wire.encode_welcome(request, self._boot, flags, self._max_flows)
         application.send(welcome, None if self._board is None else self._board.fd)
 
     def _open(

@@ -431,6 +431,13 @@ class ProxyConfig(DaemonConfig):
 
     role: ClassVar[str] = "proxy"
 
+    drain_timeout_s: Duration = Field(
+        default=60.0,
+        description="Longest wait for running requests after SIGTERM; new ones wait meanwhile, "
+        "where the service manager holds the socket. What runs longer is broken off.",
+        ge=0,
+        le=600,
+    )
     listen: ListenSection = Field(default=ListenSection(), description="The API.")
     models: tuple[ModelSection, ...] = Field(default=(), description="The model pool.")
     upstream: UpstreamSection = Field(default=UpstreamSection(), description="Calls to providers.")

@@ -42,6 +42,7 @@ from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError
 from intentd.proxy.feedback import FeedbackBook
+from intentd.proxy.handover import Server
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.learned import load_learned
 from intentd.proxy.metrics import ProxyMetrics
@@ -58,6 +59,9 @@ _log = logging.getLogger(__name__)
 # who pays for what no request asked for, such as vectors of what was stored before
 CACHE_KEY: Final = Key("cache", "cache", "default")
 LOCK_FILE: Final = "proxy.lock"
+LISTENER: Final = "api"  # names of descriptors that outlive the process
+CONNECTIONS: Final = "api-connection"
+BACKLOG: Final = 4096  # connections that wait in the kernel while a restart lasts
 GC_THRESHOLD: Final = 20_000
 MAX_SPEND_DAYS: Final = 3660
 
@@ -88,7 +92,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         self._state: State | None = None
         self._session: Connections | None = None
         self._runner: web.ServerRunner | None = None
-        self._site: web.TCPSite | None = None
+        self._server: Server | None = None
+        self._site: web.SockSite | None = None
         self._link: MemberLink | None = None
         self._cache: CachePart | None = None
         self._lock: int | None = None
@@ -151,13 +156,19 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             self._cache.reload(config.cache)
 
     async def drain(self, deadline_s: float) -> None:
-        """No new connections; requests on open ones get 503; what runs is finished."""
+        """No new connections, and what runs is finished. Where the manager holds descriptors, the
+        next process gets the connections; else requests on open ones get 503."""
         if self._site is not None:
             await self._site.stop()
-        api = self.api
-        if api is not None:
+        api, server = self.api, self._server
+        if api is None:
+            return
+        if server is None or not self.kit.held.capacity:
             api.draining = True
-            await api.idle.wait()
+        else:
+            handed = await server.hand_over(self.kit.held, CONNECTIONS)
+            _log.info("handed on", extra={"connections": handed})
+        await api.idle.wait()
 
     async def stop(self) -> None:
         if self.api is not None and self.api.tracing is not None:
@@ -357,10 +368,13 @@ class ProxyDaemon(Daemon[ProxyConfig]):
     async def _listen(self, api: Api) -> None:
         bind = self.config.listen.bind
         host, port = split_address(bind, "listen.bind")
-        self._runner = web.ServerRunner(api.server(), handle_signals=False, shutdown_timeout=1.0)
+        held = self.kit.held
+        self._server = server = api.server()
+        self._runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=1.0)
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, host, port, backlog=1024)
         try:
+            listener = held.listen(LISTENER, host, port, backlog=BACKLOG)
+            self._site = web.SockSite(self._runner, listener, backlog=BACKLOG)
             await self._site.start()
         except OSError as error:
             reason = (
@@ -369,6 +383,10 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 else error.strerror or str(error)
             )
             raise IntentdError(f"listen.bind: {bind} is not available: {reason}") from None
+        if received := held.take(CONNECTIONS):
+            adopted = await server.adopt(received)
+            held.drop(CONNECTIONS)  # a client has to see the end of its connection
+            _log.info("taken over", extra={"connections": adopted})
         host, port = self._runner.addresses[0][:2]
         self.address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 

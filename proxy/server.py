@@ -36,6 +36,7 @@ from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError, bad_field, from_input_error, shown
 from intentd.proxy.feedback import Feedback, FeedbackBook
+from intentd.proxy.handover import Server
 from intentd.proxy.keys import Key, Keys
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.openapi import openapi_document
@@ -131,7 +132,7 @@ class Api:
 
         self.feedback.subscribers.append(take)
 
-    def server(self) -> web.Server:
+    def server(self) -> Server:
         """The low-level server: no middlewares, and a client that leaves stops its handler."""
         bound = self.config.listen.max_body_bytes
 
@@ -148,7 +149,7 @@ class Api:
                 message, payload, protocol, writer, task, loop, client_max_size=bound
             )
 
-        return web.Server(
+        return Server(
             self.handle,
             request_factory=request,
             handler_cancellation=True,

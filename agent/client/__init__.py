@@ -65,6 +65,7 @@ _MAGIC: Final = 0x4941
 _VERSION: Final = 1
 _HELLO, _WELCOME, _OPEN, _GRANT, _QUEUED, _ANNOUNCE, _DONE, _CANCEL = 1, 2, 3, 4, 5, 6, 7, 8
 _MARK, _MARKED, _ERROR = 9, 10, 11
+_WELCOME_BYTE, _PAUSE_BYTE = b"\x02", b"\x0e"  # the type, as it stands in a packet
 _WANTS_MARK, _MARK_ONLY, _STARTED, _GRANT_MARKED = 1, 2, 4, 1
 _WELCOME_BOARD: Final = 4
 _STOPPING: Final = 7  # an ERROR's code: the agent leaves
@@ -85,6 +86,7 @@ _MARKED_PACKET: Final = struct.Struct("!HBBIHBBI")
 _ERROR_PACKET: Final = struct.Struct("!HBBIHH")
 _HELLO_PACKET: Final = struct.Struct("!HBBI64s")
 _WELCOME_PACKET: Final = struct.Struct("!HBBIQII")
+_PAUSE_PACKET: Final = struct.Struct("!HBBII")
 _BOARD_MAGIC: Final = 0x49414244
 _BOARD_HEAD: Final = struct.Struct("=IIQIIII")  # the board is in the host's byte order
 _BOARD_DOMAIN: Final = struct.Struct("=64sQIIII")
@@ -101,6 +103,8 @@ _SO_MEMINFO_BYTES: Final = 36
 
 _ANSWER_TIMEOUT_S: Final = 0.25  # an agent that lives answers within microseconds
 _MARK_TIMEOUT_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 30.0  # an agent may ask for while it restarts
+_BACK_S: Final = 1.0  # from its WELCOME to its answers
 _WAIT_GRACE_S: Final = 0.5  # beyond the longest wait the agent itself promised
 _RETRY_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # pauses between attempts to reach the agent
 _STALL_S: Final = 0.25  # the receiver takes nothing for so long: the turn is passed on
@@ -249,8 +253,9 @@ def _understand(
             return None
     except struct.error:
         raise _AgentGoneError("protocol", f"unreadable packet of {len(packet)} bytes") from None
-    if board is not None and kind in (_GRANT, _ERROR):
-        board.settled(request)
+    if kind in (_GRANT, _ERROR):
+        if board is not None:
+            board.settled(request)
         if reply is not None and reply.flow is not None:
             reply.flow = None
             if reply.over:
@@ -697,6 +702,7 @@ class _ConnectionState:
         self._next_request = 0
         self._greeted = False
         self._board: Board | None = None
+        self.paused_until = 0.0  # the agent restarts, and answers by then
 
     def __del__(self) -> None:
         sock = getattr(self, "_sock", None)
@@ -733,10 +739,11 @@ class _ConnectionState:
 
     def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
         """The class this OPEN may start in at once, by the board."""
-        if self._board is None or packet[8:12] != _UNMARKED_BY_SIZE:
+        board = self._board
+        if board is None or packet[8:12] != _UNMARKED_BY_SIZE:
             return None
         with self._lock:
-            offer = self._board.start(request, *_wish(packet))
+            offer = board.start(request, *_wish(packet))
             if offer is not None:
                 reply.flow = flow
         return offer
@@ -767,13 +774,17 @@ class _ConnectionState:
     def _wake(reply: _Reply) -> None:
         raise NotImplementedError
 
-    def _receive(self) -> bytes | None:
-        """The next packet, empty at the end, None: not yet. The first may bring a board."""
+    def _receive(self, flags: int = 0) -> bytes | None:
+        """The next packet, empty at the end, None: not yet. WELCOME may bring a board: it is the
+        first, and comes again from an agent that has restarted and kept the connection."""
         try:
             if self._greeted:
-                return self._sock.recv(_MAX_PACKET)
-            packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1)
-            self._greeted = True
+                return self._sock.recv(_MAX_PACKET, flags)
+            packet, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, 1, flags)
+            if packet[3:4] == _WELCOME_BYTE:
+                self._greeted = True
+                # It is back, and about to read what was asked meanwhile.
+                self.paused_until = min(self.paused_until, time.monotonic() + _BACK_S)
             self._board = received_board(packet, fds)
         except BlockingIOError:
             return None
@@ -784,6 +795,12 @@ class _ConnectionState:
     def _file(self, packet: bytes) -> None:
         if not packet:
             self.fail("closed")
+            return
+        if packet[3:4] == _PAUSE_BYTE and len(packet) == _PAUSE_PACKET.size:
+            longest_ms = _PAUSE_PACKET.unpack(packet)[4]
+            self.paused_until = time.monotonic() + min(longest_ms / 1e3, _LONGEST_PAUSE_S)
+            self._greeted = False
+            self._board = None
             return
         try:
             changed = _understand(packet, self._replies, self._board)
@@ -822,7 +839,8 @@ class _Connection(_ConnectionState):
         self.send(hello)
 
     def offer(self, request: int, reply: _Reply, flow: _FlowState, packet: bytes) -> _Offer | None:
-        if self._board is not None and self._board.unsettled:
+        board = self._board
+        if board is not None and board.unsettled:
             self._read_answers()
         return super().offer(request, reply, flow, packet)
 
@@ -834,12 +852,9 @@ class _Connection(_ConnectionState):
             self._reading = True
         try:
             while not self.dead:
-                try:
-                    packet = self._sock.recv(_MAX_PACKET, socket.MSG_DONTWAIT)
-                except BlockingIOError:
+                packet = self._receive(socket.MSG_DONTWAIT)
+                if packet is None:
                     return
-                except OSError:
-                    packet = b""
                 self._file(packet)
         finally:
             self._hand_over()
@@ -874,7 +889,7 @@ class _Connection(_ConnectionState):
             if reply.answer and not queued:
                 queued = True
                 deadline += min(reply.answer + _WAIT_GRACE_S, longest_s)
-            left = deadline - time.monotonic()
+            left = max(deadline, self.paused_until) - time.monotonic()
             if left <= 0:
                 return False
             with self._lock:
@@ -1196,6 +1211,8 @@ class _AsyncConnection(_ConnectionState):
                 queued = True
                 deadline += min(reply.answer + _WAIT_GRACE_S, longest_s)
             left = deadline - self.loop.time()
+            if left <= 0:
+                left = self.paused_until - time.monotonic()
             if left <= 0 or self.dead:
                 return False
             reply.waiter = self.loop.create_future()

@@ -38,7 +38,7 @@ GROUPS: Final = {
 }
 # module: the commands it puts at the top level (its ``app`` holds them by name)
 TOP_LEVEL: Final = {
-    "up": ("up", "down"),
+    "up": ("up", "down", "restart"),
     "status": ("status",),
     "daemon": ("check-config", "config", "reload", "dump", "explain"),
     "completion": ("completion",),

@@ -19,6 +19,7 @@ from intentd.core.errors import IntentdError
 from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
 from intentd.daemons.kit.config import admin_path
 from intentd.daemons.kit.files import write_atomically
+from intentd.daemons.kit.holder import FdHolder
 from intentd.daemons.kit.keys import new_fin_key, write_fin_key
 from intentd.daemons.kit.lifecycle import EXIT_USAGE, prepare_directory
 from intentd.daemons.kit.tokens import new_secret, token_hash
@@ -212,6 +213,7 @@ class Supervisor:
         self._tails: dict[str, deque[str]] = {
             name: deque(maxlen=3) for name in (*roles, *self._companions)
         }
+        self._holders: dict[str, FdHolder] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._children: dict[str, Child] = {}
         self._failed: asyncio.Future[None] | None = None
@@ -223,6 +225,9 @@ class Supervisor:
         self.layout.prepare()
         self._failed = asyncio.get_running_loop().create_future()
         self._record()
+        for role in self._roles:
+            self._holders[role] = holder = FdHolder(self.layout.run_dir / f"{role}.notify.sock")
+            asyncio.get_running_loop().add_reader(holder.socket.fileno(), holder.receive)
         async with asyncio.TaskGroup() as tasks:
             for role in self._roles:
                 tasks.create_task(self._keep(role), name=f"keep-{role}")
@@ -286,6 +291,9 @@ class Supervisor:
                         )
                     )
                     return
+            if code == 0:  # asked to, by ``intentctl restart``: what waits, waits in the kernel
+                wait_s = BACKOFF_MIN_S
+                continue
             if loop.time() - began > STEADY_S:
                 wait_s = BACKOFF_MIN_S
             await asyncio.sleep(wait_s)
@@ -303,19 +311,26 @@ class Supervisor:
             wait_s = min(2 * wait_s, BACKOFF_MAX_S)
 
     async def _start(self, role: str) -> asyncio.subprocess.Process:
-        code = f"import sys; from {self._modules[role]} import main; sys.exit(main())"
+        holder = self._holders[role]
+        holder.receive()  # what the one before said last
+        code = (
+            f"from intentd.daemons.kit.held import inherit; inherit({holder.fds!r})\n"
+            f"import sys; from {self._modules[role]} import main; sys.exit(main())"
+        )
         command = [sys.executable, "-c", code]
         config = self.layout.config_of(role)
         if config is not None:
             command += ["--config", str(config)]
-        return await self._spawn(role, command, {**os.environ, **self.layout.environment(role)})
+        environment = {**self.layout.environment(role), **holder.environment()}
+        return await self._spawn(role, command, {**os.environ, **environment}, holder.fds)
 
     async def _spawn(
-        self, role: str, command: Sequence[str], env: Mapping[str, str]
+        self, role: str, command: Sequence[str], env: Mapping[str, str], fds: Sequence[int] = ()
     ) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
             *command,
             env=env,
+            pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us; we tell the children
@@ -338,6 +353,13 @@ class Supervisor:
             text = line.decode(errors="replace").rstrip("\n")
             self._tails[role].append(text)
             self._say(role, text)
+
+    def _let_go(self, role: str) -> None:
+        """Nobody will take up what a role handed over."""
+        holder = self._holders.pop(role, None)
+        if holder is not None:
+            asyncio.get_running_loop().remove_reader(holder.socket.fileno())
+            holder.close()
 
     def _say(self, role: str, text: str) -> None:
         print(f"{role:<10} | {text}", file=self._log, flush=True)
@@ -368,4 +390,7 @@ class Supervisor:
                 self._say(role, "did not stop: killed")
                 process.kill()
                 await process.wait()
+            self._let_go(role)
+        for role in list(self._holders):
+            self._let_go(role)
         self.layout.record.unlink(missing_ok=True)

@@ -20,16 +20,18 @@ from typing import Annotated, Any, Final
 import typer
 
 from intentd.agent.client import DEFAULT_SOCKET
-from intentd.core.errors import IntentdError
+from intentd.core.errors import ConfigError, IntentdError
 from intentd.daemons.ctl.daemon import DAEMONS
 from intentd.daemons.ctl.output import ExitCode, JsonOption, fail, message, print_json
 from intentd.daemons.ctl.supervisor import Child, Layout, Supervisor, alive, read_record
-from intentd.daemons.kit.config import default_run_dir, default_state_dir
+from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
+from intentd.daemons.kit.config import admin_path, default_run_dir, default_state_dir
 
 app = typer.Typer(add_completion=False)
 
 READY_TIMEOUT_S: Final = 60.0
 DOWN_TIMEOUT_S: Final = 30.0
+RESTART_TIMEOUT_S: Final = 120.0
 ROLES: Final = ("controller", "sequencer", "agent", "gpu")
 
 RunDirOption = Annotated[
@@ -104,6 +106,55 @@ def down(run_dir: RunDirOption = None, as_json: JsonOption = False) -> None:
         print(f"stopped {', '.join(stopped)}")
     else:
         print("nothing to stop")
+
+
+@app.command()
+def restart(
+    role: Annotated[str, typer.Argument(help="controller, sequencer, agent, gpu or proxy")],
+    run_dir: RunDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Restart one daemon of the suite that ``up`` runs, and wait until it is ready.
+
+    Its sockets are held meanwhile: what comes waits. Under systemd: systemctl restart.
+    """
+    if role not in DAEMONS:
+        raise ConfigError("role", role, f"one of {', '.join(DAEMONS)}")
+    layout = Layout(run_dir or default_run_dir(), default_state_dir() / "up", None, 7400)
+    record = read_record(layout.record)
+    if record is None or not alive(record["supervisor"]):
+        raise IntentdError(
+            f"no suite of intentctl up runs in {layout.run_dir}; "
+            f"under systemd: systemctl restart intentd-{role}"
+        )
+    child: Child | None = record.get("children", {}).get(role)
+    if child is None or not alive(child):
+        raise IntentdError(f"{role}: does not run; its supervisor starts it again")
+    began = time.monotonic()
+    os.kill(child["pid"], signal.SIGTERM)
+    status = _wait_for_another(layout, role, child)
+    took_s = round(time.monotonic() - began, 3)
+    if as_json:
+        print_json({"role": role, "pid": status["pid"], "took_s": took_s, "ready": True})
+    else:
+        print(f"{role}: restarted in {took_s:.1f} s, process {status['pid']}")
+
+
+def _wait_for_another(layout: Layout, role: str, child: Child) -> dict[str, Any]:
+    """The status of the process that follows child, once it is ready."""
+    deadline = time.monotonic() + RESTART_TIMEOUT_S
+    reasons = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            status = AdminClient(admin_path(role, layout.run_dir), 5.0).call("status")
+        except (AdminUnreachableError, AdminRefusedError) as error:
+            reasons = str(error)
+        else:
+            if status["pid"] != child["pid"] and status["ready"]:
+                return status
+            reasons = "; ".join(status["reasons"]) or "the old process still runs"
+        time.sleep(0.05)
+    raise IntentdError(f"{role}: not ready after {RESTART_TIMEOUT_S:.0f} s: {reasons}")
 
 
 def _refuse_second(layout: Layout) -> None:

@@ -45,6 +45,7 @@ from intentd.daemons.kit.config import (
     read_source,
 )
 from intentd.daemons.kit.generations import Generations
+from intentd.daemons.kit.held import Held
 from intentd.daemons.kit.logs import configure_logging
 from intentd.daemons.kit.metrics import Metrics
 from intentd.daemons.kit.reloading import Reloader
@@ -113,6 +114,7 @@ class Kit:
     boot: str = field(default_factory=lambda: secrets.token_hex(8))
     config_path: Path | None = None
     notifier: Notifier = field(default_factory=Notifier)
+    held: Held = field(default_factory=lambda: Held(Notifier()))
     link: MemberLink | HubLink | None = None
     _stop: Callable[[str], None] | None = None
 
@@ -275,6 +277,7 @@ class Lifecycle(Generic[C]):
                 status=self.status,
                 unready=self.unready,
                 section=config.status,
+                held=kit.held,
             )
             self.daemon.add_routes(self._status.app)
             await self._status.start()
@@ -285,6 +288,7 @@ class Lifecycle(Generic[C]):
         self._tasks.create_task(self._watchdog.run(), name="watchdog")
         self._begun = True
         await self.daemon.start(self._tasks)
+        kit.held.close_unused()
         self._serving = True
         self._reloader.start(self._tasks)
         kit.metrics.ready.set_function(lambda: float(not self.unready()))
@@ -582,7 +586,9 @@ def run_daemon(daemon_class: type[Daemon[Any]], argv: Sequence[str] | None = Non
         return EXIT_OK
     os.umask(os.umask(0) | 0o027)
     configure_logging(config.log.level, config.log.format, log_context(config), journal=journal())
-    kit = Kit(role, config_path=path, notifier=Notifier.from_environment(os.environ))
+    notifier = Notifier.from_environment(os.environ)
+    held = Held.from_environment(os.environ, notifier)
+    kit = Kit(role, config_path=path, notifier=notifier, held=held)
 
     async def main() -> int:
         return await Lifecycle(daemon_class, config, kit, read, source).run()

@@ -21,7 +21,9 @@ from aiohttp import web
 
 from intentd.core.errors import IntentdError
 from intentd.daemons.kit.config import StatusSection, is_loopback, split_address
+from intentd.daemons.kit.held import Held
 from intentd.daemons.kit.metrics import Metrics
+from intentd.daemons.kit.systemd import Notifier
 from intentd.daemons.kit.tokens import Role, TokenBook
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ _log = logging.getLogger(__name__)
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/livez", "/readyz"})  # for probes that carry no token
 MAX_BODY_BYTES: Final = 4 << 20
+SOCKET_NAME: Final = "status"
 
 _Next = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -109,7 +112,8 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 
 
 class StatusServer:
-    """status: the whole document. unready: reasons, empty when ready. book: the tokens."""
+    """status: the whole document. unready: reasons, empty when ready. book: the tokens. held:
+    keeps the socket."""
 
     def __init__(
         self,
@@ -120,7 +124,9 @@ class StatusServer:
         status: Callable[[], dict[str, Any]],
         unready: Callable[[], list[str]],
         section: StatusSection | None = None,
+        held: Held | None = None,
     ) -> None:
+        self._held = held or Held(Notifier())
         self._host, self._port = split_address(bind, "status.bind")
         self._bind = bind
         self._metrics = metrics
@@ -153,9 +159,9 @@ class StatusServer:
         )
         await self._runner.setup()
         tls = tls_context(self.door.section)
-        site = web.TCPSite(self._runner, self._host, self._port, reuse_port=False, ssl_context=tls)
         try:
-            await site.start()
+            listener = self._held.listen(SOCKET_NAME, self._host, self._port)
+            await web.SockSite(self._runner, listener, ssl_context=tls).start()
         except OSError as error:
             await self._runner.cleanup()
             reason = (

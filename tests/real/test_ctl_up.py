@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from intentd.agent import app_protocol as wire
 from intentd.daemons.ctl.supervisor import alive
 from intentd.daemons.kit.admin import AdminClient, AdminUnreachableError
 
@@ -106,6 +108,18 @@ def test_up_detached_restarts_and_down(suite: Suite) -> None:
         return False
 
     suite.until(back, "the sequencer came back")
+    before = suite.record()["children"]["agent"]["pid"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as application:
+        application.connect(str(suite.run_dir / "agent.sock"))
+        application.settimeout(60)
+        application.send(wire.encode_hello(1, "test"))
+        assert application.recv(512)[3] == wire.WELCOME
+        restarted = suite.ctl("restart", "agent", "--json")
+        assert restarted.returncode == 0, restarted.stderr
+        assert json.loads(restarted.stdout)["pid"] != before
+        kinds = [application.recv(512)[3] for _ in range(2)]
+    assert kinds == [wire.PAUSE, wire.WELCOME]  # the same connection, another agent
+    assert "systemctl restart intentd-gpu" in suite.ctl("restart", "gpu", "--run-dir=/none").stderr
     children = {**record["children"], **suite.record()["children"]}
     bystander = subprocess.Popen(["sleep", "600"])
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from intentd.daemons.ctl.daemon import daemon_class
 from intentd.daemons.kit.admin import AdminClient
 
 pytestmark = pytest.mark.real
@@ -106,6 +107,13 @@ def test_the_units_say_what_they_must(unit: Path) -> None:
     assert found["Type"] == "notify"
     assert found["ExecReload"].endswith(f"intentctl reload --confirm {role}")
     assert found["WatchdogSec"]
+    most = int(found["FileDescriptorStoreMax"])
+    assert f"FDSTORE={most}" in unit.read_text()
+    longest_s = daemon_class(role).config_model().drain_timeout_s
+    assert float(found["TimeoutStopSec"]) >= longest_s + 20
+    assert float(found["TimeoutStartSec"]) > daemon_class(role).config_model().reload.window_s
+    if role == "agent":
+        assert most >= daemon_class(role).config_model().socket.max_connections + 8
     assert found["CapabilityBoundingSet"] == ("CAP_NET_ADMIN" if role == "agent" else "")
     assert found["AmbientCapabilities"] == found["CapabilityBoundingSet"]
     assert ("ExecStopPost" in found) == (role == "agent")

@@ -51,6 +51,7 @@ EXAMPLES = {
         "OPEN.size_bytes: got -1, expected bytes from 0 to 2**62 (every flow states its size)",
     ),
     "app-stats": wire.encode_stats(9, "uplink"),
+    "app-pause": wire.encode_pause(20_000),
     "app-stats-reply": wire.encode_stats_reply(wire.StatsReply(9, 100, 98, 1, 1, 1, 2, 6)),
 }
 

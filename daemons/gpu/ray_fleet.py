@@ -17,7 +17,7 @@ from typing import Any, Final
 Key = tuple[str, int]  # node, index of the GPU
 RETRY_S: Final = 5.0  # between attempts to make a slot
 AWAY_S: Final = 90.0  # how long Ray may go on to list a dead node
-SLOW_S: Final = 90.0  # a slot takes longer than so: the node goes without
+SLOW_S: Final = 300.0  # a slot takes longer than so: it is made anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ class Options:
     talkers: int = 3
     streamers: int = 3
     pause_s: float = 0.3
+    warm_s: float = 3.0
+    job_gpu_s: tuple[float, float] = (3.0, 10.0)
     minutes: float = 0.0
     recover_s: float = 60.0
     ray: bool = False
@@ -95,7 +97,13 @@ class Campaign:
             )
             await world.configure()
             self.jobs = [
-                Jobs(member, world.root / "work" / member.name, options.seed, world.clock)
+                Jobs(
+                    member,
+                    world.root / "work" / member.name,
+                    options.seed,
+                    world.clock,
+                    options.job_gpu_s,
+                )
                 for member in world.of("gpu")
             ]
             self.faults = Faults(world, self.flows, self.providers, self.faults_wrong)
@@ -119,7 +127,7 @@ class Campaign:
         patience = tasks.create_task(self.world.clock.run(), name="patience")
         watch = tasks.create_task(self._watch(), name="watch")
         operator = tasks.create_task(self._operate(), name="operator")
-        await asyncio.sleep(3.0)
+        await asyncio.sleep(options.warm_s)
         await self._play()
         operator.cancel()
         say("the last fault is over: everything comes to its end")
@@ -312,7 +320,7 @@ class Campaign:
         for text in await self.flows.finish():
             self._violated("flows", text)
         self.users.over.set()
-        for judged in await asyncio.gather(*(jobs.finish() for jobs in self.jobs)):
+        for judged in await asyncio.gather(*(self._finished(jobs) for jobs in self.jobs)):
             for text in judged:
                 self._violated("jobs", text)
         await asyncio.sleep(1.0)
@@ -330,6 +338,10 @@ class Campaign:
             left = await asyncio.to_thread(self.world.qdiscs, name)
             if left != found_qdisc:
                 self._violated("qdiscs", f"{name}: {left!r}, found were {found_qdisc!r}")
+
+    async def _finished(self, jobs: Jobs) -> list[str]:
+        """Only jobs of the local executor are crashed."""
+        return await jobs.finish(self.faults.crashed if jobs.member.name == "g" else set())
 
     # -- the report -----------------------------------------------------------------------------
 
@@ -370,6 +382,7 @@ class Campaign:
                 "jobs": {
                     "accepted": sum(len(jobs.accepted) for jobs in self.jobs),
                     "not_accepted": sum(len(jobs.unheard) for jobs in self.jobs),
+                    "crashed_and_failed": sum(jobs.failed for jobs in self.jobs),
                     "runs_beyond_the_first": sum(jobs.lost_runs for jobs in self.jobs),
                 },
                 "prompts": dict(sorted(users.counts.items())),

@@ -14,7 +14,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,12 +101,13 @@ def _aim(kind: str, rng: random.Random) -> tuple[str, str]:
 
 @dataclass(eq=False)
 class Faults:
-    """Carries them out. Each comes back only when it was taken back."""
+    """Carries them out. Each comes back only when it was taken back. crashed: jobs killed by it."""
 
     world: World
     flows: Flows
     providers: Providers
     wrong: list[str]
+    crashed: set[int] = field(default_factory=set)
 
     async def inject(self, fault: Fault) -> None:
         action: Callable[[Fault], Any] = getattr(self, "_" + fault.kind.replace(" ", "_"))
@@ -247,15 +248,21 @@ class Faults:
     async def _app(self, fault: Fault) -> None:
         app = self.flows.apps.get(fault.target)
         if app is not None and app.returncode is None:
+            self.flows.killed.add(app.pid)
             app.kill()
 
     async def _job(self, fault: Fault) -> None:
-        """kill -9 of what runs one of the jobs, or of the one who watches over it."""
-        pids = await asyncio.to_thread(_supervisors, self.world.root)
+        """kill -9 of what runs one of the jobs, or of the one who watches over it.
+
+        The first is the job's own failure, as if it had crashed; the second is not.
+        """
+        found = await asyncio.to_thread(_supervisors, self.world.root)
         if fault.detail == "command":
-            pids = [pid for parent in pids for pid in _children(parent)]
-        if pids:
-            pid = drawn(fault.number, "victim").choice(sorted(pids))
+            found = {pid: job for parent, job in found.items() for pid in _children(parent)}
+        if found:
+            pid = drawn(fault.number, "victim").choice(sorted(found))
+            if fault.detail == "command":
+                self.crashed.add(found[pid])
             _signal([pid], signal.SIGKILL)
 
     async def _ray(self, fault: Fault) -> None:
@@ -313,14 +320,14 @@ def _fill(path: Path) -> None:
                     pass
 
 
-def _supervisors(root: Path) -> list[int]:
-    """Of jobs that run now."""
-    found = []
+def _supervisors(root: Path) -> dict[int, int]:
+    """Of jobs that run now: process -> job."""
+    found = {}
     for claim in root.glob("gpu-*/state/jobs/*/*/claim"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             pid = int(json.loads(claim.read_text())["pid"])
             if str(claim.parent).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+                found[pid] = int(claim.parent.parent.name)
     return found
 
 

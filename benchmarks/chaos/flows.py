@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import struct
 import sys
 from collections import Counter
@@ -49,6 +48,7 @@ class Flows:
     wrong: list[str] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     apps: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    killed: set[int] = field(default_factory=set)
     _server: asyncio.Server | None = None
     _target: tuple[str, int] = ("", 0)
 
@@ -106,7 +106,7 @@ class Flows:
             for number in gone:  # they died with their application
                 del self.open[number]
             self.abandoned += len(gone)
-            if app.returncode != -signal.SIGKILL and not self.over.is_set():
+            if app.pid not in self.killed and not self.over.is_set():
                 self.wrong.append(f"the application on {member.name} ended: {app.returncode}")
                 return
             lives += 1

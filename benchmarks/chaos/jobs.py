@@ -27,28 +27,23 @@ class Jobs:
     work: Path
     seed: int
     clock: Patience
+    work_gpu_s: tuple[float, float] = (3.0, 10.0)
     accepted: dict[int, str] = field(default_factory=dict)
     unheard: list[str] = field(default_factory=list)
-    active: int = 0
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    finished: int = 0
-    last_finish_s: float = 0.0
     lost_runs: int = 0
+    failed: int = 0
 
     async def run(self) -> None:
         """Keeps a few unfinished jobs there, until it is over."""
         rng = drawn(self.seed, "jobs", self.member.name)
         self.work.mkdir(parents=True)
-        self.last_finish_s = self.clock.now()
         while not self.over.is_set():
             with contextlib.suppress(AdminUnreachableError, AdminRefusedError):
                 rows = await self.rows()
-                finished = sum(row["state"] in OVER for row in rows)
-                if finished != self.finished:
-                    self.finished, self.last_finish_s = finished, self.clock.now()
-                self.active = len(rows) - finished
-                for _ in range(ACTIVE - self.active):
-                    await self.submit(rng.uniform(3, 10), rng.choice((1, 2, 4)))
+                active = sum(row["state"] not in OVER for row in rows)
+                for _ in range(ACTIVE - active):
+                    await self.submit(rng.uniform(*self.work_gpu_s), rng.choice((1, 2, 4)))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self.over.wait()
@@ -84,8 +79,11 @@ class Jobs:
             raise
         self.accepted[made["job"]] = name
 
-    async def finish(self) -> list[str]:
-        """Waits until all are over; what was lost, or ran twice, or from a wrong point."""
+    async def finish(self, crashed: set[int]) -> list[str]:
+        """Waits until all are over; what was lost, or ran twice, or from a wrong point.
+
+        crashed: jobs whose command was killed, which may have failed by that.
+        """
         self.over.set()
         until_s = self.clock.now() + FINISH_S
         rows: list[dict[str, Any]] = []
@@ -101,13 +99,16 @@ class Jobs:
             row = by_number.get(number)
             if row is None:
                 wrong.append(f"{name}: job {number} was accepted and is gone")
+            elif row["state"] == "failed" and number in crashed:
+                self.failed += 1
+                wrong += self._runs(name, ended=False)
             elif row["state"] != "finished":
                 wrong.append(f"{name}: {row['state']}: {row.get('detail', '')}")
             else:
                 wrong += self._runs(name)
         return wrong
 
-    def _runs(self, name: str) -> list[str]:
+    def _runs(self, name: str, *, ended: bool = True) -> list[str]:
         where = self.work / name
         wrong = []
         if (where / "twice").exists():
@@ -127,7 +128,7 @@ class Jobs:
                 saving = done
         if epochs != sorted(set(epochs)):
             wrong.append(f"{name}: runs {epochs}, expected growing")
-        if not any(row[0] == "end" for row in rows):
+        if ended and not any(row[0] == "end" for row in rows):
             wrong.append(f"{name}: finished, and never came to its end")
         self.lost_runs += max(0, len(epochs) - 1)
         return wrong

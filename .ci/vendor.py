@@ -48,7 +48,8 @@ def fetch(name: str, version: str, integrity: str, files: dict[str, Path]) -> No
     """Raises SystemExit with one line."""
     with tempfile.TemporaryDirectory() as where:
         packed = subprocess.run(
-            ["npm", "pack", "--silent", "--ignore-scripts", f"{name}@{version}"],
+            ["npm", "pack", "--silent", "--ignore-scripts", "--fetch-retries=1",
+             f"{name}@{version}"],
             cwd=where, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         archives = list(Path(where).glob("*.tgz"))

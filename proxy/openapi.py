@@ -120,6 +120,25 @@ PATHS: Final[dict[str, dict[str, tuple[str, dict[str, Any] | None]]]] = {
     "/openapi.json": {"get": ("This document.", None)},
 }  # fmt: skip
 
+REFUSALS: Final = {
+    400: "What is wrong with which field.",
+    401: "The key is missing, unknown, revoked or expired.",
+    402: "A budget is spent.",
+    403: "The key may not use this.",
+    404: "There is none.",
+    405: "Another method.",
+    408: "The body took too long.",
+    409: "The conversation went on meanwhile.",
+    413: "Larger than the bound.",
+    415: "Not a kind of input that a model takes.",
+    422: "Refused by the provider.",
+    429: "Too many at once, for the key or the provider; Retry-After says how long.",
+    499: "The client left.",
+    502: "The provider failed.",
+    503: "Stopping, no model, or the store is away.",
+    504: "The provider took too long.",
+}
+
 
 def openapi_document(version: str, paths: Iterable[str], service_types: Iterable[str]) -> Any:
     """The document of a proxy that has these paths and offers these service types."""
@@ -150,9 +169,14 @@ def _operation(path: str, summary: str, body: dict[str, Any] | None) -> dict[str
         "summary": summary,
         "responses": {
             "200": {"description": "The answer; metadata in `intentd` and in headers X-Intentd-*."},
-            "default": {
-                "description": "A refusal that names the field.",
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            **{
+                str(status): {
+                    "description": why,
+                    "content": {
+                        "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}
+                    },
+                }
+                for status, why in REFUSALS.items()
             },
         },
     }

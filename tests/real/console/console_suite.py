@@ -28,6 +28,7 @@ from intentd.daemons.kit.tokens import token_hash
 
 WAIT_S = 90.0
 HOSTILE = "<script>alert(1)</script>'\"&"  # names that others choose
+BORDERS = (3e4, 7e5, float("inf"))  # of the classes that the reports know
 TOKENS = {"read": "r-secret", "operate": "o-secret", "admin": "a-secret"}
 
 
@@ -38,10 +39,11 @@ class AgentConfig(DaemonConfig):
 
 
 class Suite:
-    """url: the controller's. Everything lives until close()."""
+    """url: the controller's. agent, domain: names that others choose. Lives until close()."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, agent: str = HOSTILE, domain: str = "rack <1>") -> None:
         self.where = where
+        self.agent, self.domain = agent, domain
         self.hub = f"ipc://{where}/hub"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.url = ""
@@ -57,11 +59,9 @@ class Suite:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._background(ready)))
         self._thread.start()
         assert ready.wait(WAIT_S)
-        tokens = [f"{role}:{token_hash(secret)}" for role, secret in TOKENS.items()]
         self._spawn(
             "controller",
             "intentd.controller.daemon",
-            f"tokens = {json.dumps(tokens)}\n"
             f'[hub]\nbind = "{self.hub}"\nreport_interval_s = 0.3\n'
             "[flows]\nthresholds_interval_s = 0.3\nrates_interval_s = 0.3\nmin_flows = 200\n"
             "[jobs]\nhistory_interval_s = 0.2\nmin_jobs = 40\nevaluations = 40\nseconds = 20\n"
@@ -88,9 +88,10 @@ class Suite:
 
     def _spawn(self, role: str, module: str, settings: str) -> None:
         config = self.where / f"{role}.toml"
+        tokens = [f"{name}:{token_hash(secret)}" for name, secret in TOKENS.items()]
         config.write_text(
             f'name = "{role}1"\nstate_dir = "{self.where}/{role}"\nrun_dir = "{self.where}/run"\n'
-            f'[status]\nbind = "127.0.0.1:0"\n{settings}'
+            f'[status]\nbind = "127.0.0.1:0"\ntokens = {json.dumps(tokens)}\n{settings}'
         )
         with (self.where / f"{role}.log").open("ab") as log:
             command = [sys.executable, "-m", module, "--config", str(config)]
@@ -135,11 +136,11 @@ class Suite:
         loop, stopped = asyncio.get_running_loop(), asyncio.Event()
         self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
         config = AgentConfig(
-            name=HOSTILE,
+            name=self.agent,
             state_dir=self.where,
             controller=ControllerSection(endpoint=self.hub, backoff_min_s=0.05),
         )
-        report = Flows()
+        report = Flows(self.agent, self.domain)
         async with running() as provider:
             self.provider_url = provider.url
             tasks = Tasks()
@@ -152,7 +153,7 @@ class Suite:
                 Kit("agent"),
                 on_policy=applied,
                 collect_report=report.next,
-                capabilities=lambda: {"domains": [{"name": "rack <1>", "rate_bps": 1e9}]},
+                capabilities=lambda: {"domains": [{"name": self.domain, "rate_bps": 1e9}]},
             )
             async with tasks:
                 await link.start(tasks)
@@ -178,31 +179,35 @@ class Suite:
 class Flows:
     """Reports of an agent whose flows are small mostly and large by bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, agent: str, domain: str) -> None:
+        self.agent, self.domain = agent, domain
         self.rng = random.Random(1)
-        self.sizes, self.fct, self.wait = LogHistogram(), LogHistogram(), LogHistogram()
+        self.sizes = LogHistogram()
+        self.fct = [LogHistogram() for _ in BORDERS]
+        self.wait = [LogHistogram() for _ in BORDERS]
 
     def next(self) -> dict[str, Any]:
-        new = [self.rng.lognormvariate(9.5, 2.2) for _ in range(300)]
+        new = [min(3e7, self.rng.lognormvariate(8.0, 2.2)) for _ in range(300)]
         for size in new:
             self.sizes.add(size)
-            wait = self.rng.expovariate(300)
-            self.wait.add(wait)
-            self.fct.add(wait + size * 8 / 1e9 * self.rng.uniform(1, 3))
+            at = next(at for at, border in enumerate(BORDERS) if size <= border)
+            wait = self.rng.expovariate(1000 / (1 + 20 * at))
+            self.wait[at].add(wait)
+            self.fct[at].add(wait + 1e-4 + size * 8 / 1e9 * self.rng.uniform(1, 3))
         return {
             "flows": {
-                "rack <1>": {
+                self.domain: {
                     "histogram": self.sizes.to_plain(),
                     "sample": [[0.001 * at, size] for at, size in enumerate(new)],
                     "arrivals": self.sizes.count,
                     "arrived_bytes": self.sizes.sum,
-                    "finished": self.fct.count,
-                    "fct": {"0": self.fct.to_plain()},
-                    "wait": {"0": self.wait.to_plain()},
-                    "queue": [2],
-                    "active": [1],
+                    "finished": self.sizes.count,
+                    "fct": {str(at): found.to_plain() for at, found in enumerate(self.fct)},
+                    "wait": {str(at): found.to_plain() for at, found in enumerate(self.wait)},
+                    "queue": [2, 1],
+                    "active": [1, 1],
                     "degraded": {"timeout": 1},
-                    "tc": {"state": "foreign", "reason": HOSTILE},
+                    "tc": {"state": "foreign", "reason": f"a root qdisc of {self.agent}"},
                 }
             }
         }

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from intentd.core.messages import (
+    Answer,
     Goodbye,
     Hello,
     Message,
     NumberedPolicy,
     PolicyAck,
+    Question,
     Refusal,
     Report,
     Welcome,
@@ -29,6 +31,8 @@ MESSAGES: dict[str, Message] = {
     "ack": PolicyAck("flows", 1, 8, True),
     "refusal": Refusal("say hello first: this controller does not know you"),
     "goodbye": Goodbye(BOOT),
+    "question": Question(1, "jobs.list", {"limit": 2}),
+    "answer": Answer(1, error="limit: got 0, expected 1 to 200"),
 }
 
 

@@ -48,6 +48,10 @@ up: $(or $(wildcard $(STAMP)),$(SUITE)) $(if $(filter 0,$(LIVE)),,$(LIVE_STAMP))
 	$(BIN)/intentctl up --main-job $(if $(ONESHOT),--oneshot,--detach) \
 	  $(if $(filter 0,$(LIVE)),,--live --small-model examples/small_model/server.py)
 
+.PHONY: vendor-console
+vendor-console:
+	@.ci/vendor.py console
+
 vendor:  ## fetch the console's charting library, and what its tests need, from npm (checked by hash)
 	@.ci/vendor.py console tests
 
@@ -167,10 +171,10 @@ $(TOOLS_STAMP): packaging/locks/tools.txt packaging/locks/hashes.txt packaging/l
 	touch $@
 
 .PHONY: dist deb test-deb locks
-dist: $(TOOLS_STAMP)  ## sdist and wheel in dist/
+dist: $(TOOLS_STAMP) vendor-console  ## sdist and wheel in dist/
 	$(TOOLS)/bin/python -m build --outdir dist .
 
-deb: $(TOOLS_STAMP)  ## the Debian package in dist/ (DEB_VERSION=OTHER)
+deb: $(TOOLS_STAMP) vendor-console  ## the Debian package in dist/ (DEB_VERSION=OTHER)
 	@packaging/build-deb $(abspath $(TOOLS)/bin/python)
 
 test-deb: deb  ## the package in a minimal Debian: install, run, upgrade, remove, purge (as root)

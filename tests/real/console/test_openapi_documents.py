@@ -41,18 +41,18 @@ def test_no_defect_and_no_undocumented_answer(suite: Suite, tmp_path: Path) -> N
         ]  # fmt: skip
         if role != "proxy":
             command += ["--header", f"Authorization: Bearer {TOKENS['operate']}"]
-        running[role] = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-        )
+        with (tmp_path / role).open("w") as said:
+            running[role] = subprocess.Popen(command, stdout=said, stderr=said, cwd=tmp_path)
     try:
         for role, process in running.items():
-            said, _ = process.communicate()
-            assert process.returncode == 0, f"{role}:\n{said[-6000:]}"
+            status = process.wait()
+            text = (tmp_path / role).read_text()
+            assert status == 0, f"{role}:\n{text[-6000:]}"
             if PHASES != "fuzzing":
-                print(f"{role}: {[line for line in said.splitlines() if 'generated' in line]}")
+                print(f"{role}: {[line for line in text.splitlines() if 'generated' in line]}")
     finally:
         for process in running.values():
             process.kill()
-            process.communicate()
+            process.wait()
     for role in running:
         assert suite.admin(role).call("ready")["ready"], role

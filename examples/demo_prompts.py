@@ -30,6 +30,8 @@ import openai
 HERE = Path(__file__).parent
 QUESTION = "Why is the sky blue?"
 PATIENCE_S = 120.0
+# enough to see that it answers; what it writes is a 135-million-parameter model's
+ANSWER_TOKENS = 24
 MODELS = (
     ("nano", "0.05", "0.20"),
     ("small", "0.15", "0.60"),
@@ -77,7 +79,8 @@ def write_config(base: Path, port: int, api: int) -> Path:
     for name, price_in, price_out in MODELS:
         lines.append(
             f'[[models]]\nname = "{name}"\nupstream_model = "smollm2-135m"\n'
-            f'base_url = "http://127.0.0.1:{port}/v1"\nwindow = 2048\nmax_output_tokens = 48\n'
+            f'base_url = "http://127.0.0.1:{port}/v1"\nwindow = 2048\n'
+            f"max_output_tokens = {ANSWER_TOKENS}\n"
             f'price_in = "{price_in}"\nprice_out = "{price_out}"'
         )
     config.write_text("\n".join(lines) + "\n")
@@ -93,6 +96,7 @@ class Show:
         self.last = ""
 
     def ask(self, title: str, model: str, text: str = QUESTION, **fields: Any) -> None:
+        began = time.monotonic()
         answer = self.client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": text}],
@@ -101,7 +105,8 @@ class Show:
         )
         told = answer.model_dump()["intentd"]
         self.last = told["request_id"]
-        self._print(title, answer.choices[0].message.content or "", told)
+        took_s = time.monotonic() - began
+        self._print(title, answer.choices[0].message.content or "", told, took_s)
 
     def regenerate(self, title: str) -> None:
         request = urllib.request.Request(
@@ -109,17 +114,20 @@ class Show:
             json.dumps({"id": self.last}).encode(),
             {"content-type": "application/json"},
         )
+        began = time.monotonic()
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             body = json.load(response)
-        self._print(title, body["response"], body["metadata"])
+        self._print(title, body["response"], body["metadata"], time.monotonic() - began)
 
     @staticmethod
-    def _print(title: str, text: str, told: dict[str, Any]) -> None:
+    def _print(title: str, text: str, told: dict[str, Any], took_s: float) -> None:
         calls = ", ".join(f"{call['model']} ({call['purpose']})" for call in told["models"])
         cache = told.get("cache") or {}
-        hit = cache.get("outcome") if isinstance(cache, dict) else cache
+        hit = cache.get("result", "off") if isinstance(cache, dict) else cache
         print(f"\n== {title}\n   {' '.join(text.split())[:150]}")
-        print(f"   asked: {calls or 'nobody'}; cost {told['cost']}; cache: {hit or 'not asked'}")
+        told_cache = hit if hit not in (None, "off") else "not asked"
+        print(f"   asked: {calls or 'nobody'}; cost {told['cost']}; cache: {told_cache}", end="")
+        print(f"; {took_s:.1f} s", flush=True)
 
 
 def show(url: str) -> None:

@@ -30,8 +30,8 @@ END_S: Final = 3.0  # Ray would drain for as long as actors live, which ours do
 START_S: Final = 60.0
 STARTED: Final = b"Ray runtime started"
 FILE: Final = "cluster.json"
-# Ray's own metrics, usage reports and workers started in advance cost seconds and 200 MB. It ends
-# workers that take a minute to start and begins anew: on a busy host many slots would never be there
+# Ray's own metrics, usage reports and workers started in advance cost seconds and 200 MB. Workers
+# that take a minute to start it ends and begins anew: on a busy host slots would never be there
 SYSTEM: Final = {"enable_metrics_collection": False, "worker_register_timeout_seconds": 300}
 QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -139,8 +139,8 @@ class Engine:
         return cap
 
     def finish_ratio(self, j: int, left: float) -> float:
-        contention = (self.seen0[j] + self.seen) / (self.events0[j] + self.events)
-        rate = min(self.capacity / contention, int(self.gmax[j])) / self.size[j]
+        fair = self.capacity * (self.events0[j] + self.events) / (self.seen0[j] + self.seen)
+        rate = min(fair, int(self.gmax[j])) / self.size[j]
         wait, work = (self.now - self.submit[j]) * rate, self.remaining[j] * rate
         return float(wait + work * (1 / min(left, int(self.gmax[j]))))
 

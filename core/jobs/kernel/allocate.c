@@ -334,6 +334,12 @@ static void allocate_afs(const Jobs *jobs, const State *state, const View *view,
 
 /* Themis (Mahajan et al., NSDI 2020) as the chapter runs it: whoever is furthest behind its fair
  * finish time takes what it can use, then the next. */
+static inline double inverse(int gpus) /* divisions are most of what Themis takes */
+{
+    static const double known[] = {INFINITY, 1, 1. / 2, 1. / 3, 1. / 4, 1. / 5, 1. / 6, 1. / 7, 1. / 8};
+    return gpus <= 8 ? known[gpus] : 1 / (double)gpus;
+}
+
 /* Its ratio on some GPUs is (wait + work / GPUs) over the finish time at a fair share. What a job
  * could use only while enough is left changes with that: the others wait in a heap, those are
  * looked at anew after every grant (and the others with them, by less than their ratio). */
@@ -346,11 +352,12 @@ static void allocate_themis(const Jobs *jobs, const State *state, const View *vi
     int widest = 0, narrow = 0, n = queue->len;
     for (int i = 0; i < n; i++) {
         int j = items[i], most = jobs->gmax[j];
-        double fair = state->capacity / mean_contention(state, j);
+        double fair = state->capacity * (state->events0[j] + state->events) /
+                      (state->contention0[j] + state->seen);
         double rate = (fair < most ? fair : most) / state->size[j];
         wait[i] = (state->now - jobs->submit[j]) * rate;
         work[i] = state->remaining[j] * rate;
-        double ratio = wait[i] + work[i] * (1 / (double)most);
+        double ratio = wait[i] + work[i] * inverse(most);
         widest = most > widest ? most : widest;
         if (most <= left && ratio >= bar) {
             grants->slot[narrow] = i;
@@ -368,7 +375,7 @@ static void allocate_themis(const Jobs *jobs, const State *state, const View *vi
                 if (most > left || wait[i] == -INFINITY)
                     continue;
                 grants->slot[narrow] = i;
-                grants->rank[narrow++] = -(wait[i] + work[i] * (1 / (double)most));
+                grants->rank[narrow++] = -(wait[i] + work[i] * inverse(most));
             }
             heap = heaped(grants, narrow);
             bar = -INFINITY;

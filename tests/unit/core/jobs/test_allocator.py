@@ -33,9 +33,12 @@ def random_jobs(rng, gangs):
     smallest = np.zeros(n)
     if gangs:
         smallest = np.minimum(rng.choice([0, 1, 1, 2, 4], n), largest).astype(float)
+    submit, sizes = np.sort(rng.integers(0, 5000, n)).astype(float), np.exp(rng.normal(6, 2, n))
+    if rng.integers(4) == 0:  # many equal ones, whose order is that of arrival
+        submit, sizes = np.floor(submit / 1000) * 1000, 100.0 * rng.integers(1, 4, n)
     return job_table(
-        np.sort(rng.integers(0, 5000, n)).astype(float),
-        np.exp(rng.normal(6, 2, n)),
+        submit,
+        sizes,
         largest,
         rng.integers(0, 4, n),
         random_speeds(rng, 4, width),
@@ -110,6 +113,7 @@ def test_compiled_event_loop_equals_reference(name):
                 artifact=turn % 3 == 0,
                 review_every=turn % 4,
                 seed=turn,
+                lease_growth=0.02 * (turn % 2),
                 backend=backend,
             )
             for backend in allocator.BACKENDS
@@ -196,6 +200,23 @@ def test_maxmin_shares_equally_up_to_demand():
 def test_themis_serves_the_most_delayed_first():
     jobs = linear_jobs([4, 4], [100.0, 100.0], submit=np.array([0.0, 9999.0]))
     assert decide(jobs, make("themis"), 4) == [4, 0]
+
+
+def test_a_predictions_leases_grow_and_its_ends_hardly_move():
+    rng = np.random.default_rng(4)
+    jobs = linear_jobs(rng.integers(1, 9, 80), np.exp(rng.normal(9, 1.5, 80)), submit=np.zeros(80))
+    progress = Progress.fresh(jobs)
+
+    def ends(growth):
+        return allocator.run(
+            allocator.PLAY, jobs, make("themis"), 16.0, progress=progress, lease_growth=growth
+        )
+
+    exact, grown = ends(0.0), ends(allocator.LEASE_GROWTH)
+    assert grown.summary[1] < exact.summary[1]  # decisions
+    np.testing.assert_allclose(grown.finish_s, exact.finish_s, rtol=0.1)
+    told = allocator.play_out(jobs, make("themis"), 16.0, now_s=0.0, progress=progress)
+    np.testing.assert_array_equal(told, grown.finish_s)
 
 
 def two_classes(weights, zeta=0.0, integral=True):

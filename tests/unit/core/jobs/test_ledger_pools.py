@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from intentd.core.jobs.ledger import Ledger, Rules
 from intentd.core.jobs.placement import Node
 from intentd.core.jobs.policy import Costs, JobsPolicy, make
 from intentd.core.jobs.predictor import Calibrator, Predictor
+from intentd.core.jobs.search_space import DirectSpace, WfqSpace
 from intentd.core.jobs.spec import JobSpec, spec_from_plain, spec_to_plain
 
 FAST_SLOW = (Node("f1", 4, gpu_type="v100"), Node("s1", 4, gpu_type="k80"))
@@ -89,18 +91,30 @@ def test_a_wrong_table_by_type_is_named(demand: Any, where: str) -> None:
         spec(demand=demand)
 
 
+def two_weights() -> JobsPolicy:
+    by_type = {"v100": (0.75, 0.25), "k80": (0.25, 0.75)}
+    return JobsPolicy("wfq", (50.0, math.inf), (0.5, 0.5), weights_by_type=by_type)
+
+
 def test_one_weight_table_a_type() -> None:
-    policy = JobsPolicy(
-        "wfq",
-        (50.0, math.inf),
-        (0.5, 0.5),
-        weights_by_type={"v100": (0.75, 0.25), "k80": (0.25, 0.75)},
-    )
-    books = Ledger(FAST_SLOW, policy=policy)
+    books = Ledger(FAST_SLOW, policy=two_weights())
     for name in ("v100", "k80"):
         for size in (40.0, 400.0):
             books.submit(spec(gpu_types=[name], size_gpu_s=size, max_gpus=4), 0.0)
     assert starts(books, 0.0) == {1: {"f1": 3}, 2: {"f1": 1}, 3: {"s1": 1}, 4: {"s1": 3}}
+
+
+def test_a_searched_policy_weighs_every_type_alike() -> None:
+    """A search plays all GPUs as one pool and finds one W; other weights are given by hand."""
+    sizes = np.array([40.0, 90.0, 400.0, 900.0])
+    for space in (WfqSpace(sizes), DirectSpace(sizes)):
+        policy = space.policy((space.lower + space.upper) / 2)
+        assert policy.weights_by_type == {}
+        assert policy.for_type("v100") is policy
+        assert policy.for_type("k80") is policy
+    steep = replace(two_weights(), weights_by_type={})
+    by_hand = DirectSpace(sizes).policy(DirectSpace(sizes).point(two_weights()))
+    assert by_hand == DirectSpace(sizes).policy(DirectSpace(sizes).point(steep))  # a warm start
 
 
 def test_who_waits_moves_when_its_gpus_are_gone() -> None:

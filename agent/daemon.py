@@ -29,6 +29,7 @@ from intentd.core.errors import ConfigError, InputError, IntentdError
 from intentd.core.flows.policy import DomainPolicy, flows_from_plain
 from intentd.core.flows.turn.domain import DomainGate
 from intentd.core.messages import NumberedPolicy, PolicyAck
+from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
 
@@ -363,6 +364,32 @@ class AgentDaemon(Daemon[AgentConfig]):
             case "domains":
                 return {"domains": [self._describe(held) for held in self._held.values()]}
         return await super().admin(command, args)
+
+    async def prove(self) -> list[Claim]:
+        """The qdiscs of every domain with a device are those of its policy."""
+        claims = []
+        for name, held in sorted(self._held.items()):
+            shaper = held.shaper
+            if shaper is None or not held.section.device:
+                continue
+            statement = f"the qdisc of {held.section.device} is the policy of domain {name}"
+            if shaper.state.state is not Shaping.SHAPED:
+                claims.append(
+                    Claim(
+                        "qdisc", statement, False, f"{shaper.state.state.value}: "
+                        f"{shaper.state.reason}", "see the reason; intentctl tc show",
+                    )
+                )  # fmt: skip
+                continue
+            try:
+                wrong = await shaper.differences()
+            except IntentdError as error:
+                claims.append(Claim("qdisc", statement, None, str(error), "intentctl tc show"))
+                continue
+            found = "; ".join(wrong[:5]) or f"read back, policy {held.domain.policy.name}"
+            cure = "the agent repairs it at its next look (tc interval); find out who changes it"
+            claims.append(Claim("qdisc", statement, not wrong, found, cure if wrong else ""))
+        return claims
 
     def _admin_flows(self, args: dict[str, Any]) -> dict[str, Any]:
         name = args.get("domain")

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 from intentd.daemons.kit.clock import Clock
+from intentd.daemons.kit.store import StoreError
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class ApplicationTimers(Generic[Workload, Load, Thresholds, Rates]):
         self._thresholds_interval_s = thresholds_interval_s
         self._rates_interval_s = rates_interval_s
         self._wake = asyncio.Event()
+        self._failure = ""
         self.lock = asyncio.Lock()  # held during a step, and by the operator's changes
         self._thresholds_due_s = clock.now() + thresholds_interval_s
 
@@ -92,7 +94,14 @@ class ApplicationTimers(Generic[Workload, Load, Thresholds, Rates]):
             except TimeoutError:
                 pass
             self._wake.clear()
-            await self.step()
+            try:
+                await self.step()
+            except StoreError as error:  # the store's owner says so in readiness; computed again
+                if str(error) != self._failure:
+                    _log.error("not issued", extra={"error": str(error)})
+                self._failure = str(error)
+            else:
+                self._failure = ""
 
     async def step(self) -> None:
         """One turn: thresholds if they are due, then rates."""

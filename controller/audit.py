@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Storage
 
 KEPT: Final = 100_000
 MAX_PAGE: Final = 1000
@@ -42,7 +42,7 @@ class Entry:
 class AuditLog:
     """Bounded: the oldest entries beyond KEPT are dropped."""
 
-    def __init__(self, store: Store, wall: Callable[[], float]) -> None:
+    def __init__(self, store: Storage, wall: Callable[[], float]) -> None:
         self._store = store
         self._wall = wall
 
@@ -59,14 +59,14 @@ class AuditLog:
             entry.result[:MAX_TEXT],
         )
 
-        def write(store: Store) -> None:
+        def write(store: Storage) -> None:
             with store.transaction() as db:
-                row = db.execute(
+                rows = db.execute(
                     "INSERT INTO audit (wall_s, who, via, action, about, before, after, result) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
                     values,
-                )
-                db.execute("DELETE FROM audit WHERE id <= ?", ((row.lastrowid or 0) - KEPT,))
+                ).fetchall()
+                db.execute("DELETE FROM audit WHERE id <= ?", (rows[0][0] - KEPT,))
 
         await self._store.run(write)
 

@@ -23,6 +23,7 @@ from intentd.daemons.kit.config import (
     Rate,
     Section,
     Size,
+    check_database,
     validate,
 )
 
@@ -307,12 +308,44 @@ class PromptsSection(Section):
         return parse_dollars(self.daily, "daily") if self.daily else None
 
 
+class StoreSection(Section):
+    """Where policies, their inputs and what the operator set are kept."""
+
+    url: str = Field(
+        default="",
+        description="postgresql://USER@HOST/DATABASE, without a password, for controllers in a "
+        "pair: one leads, the others stand by (extra controller-postgres; PostgreSQL 14 or newer, "
+        "no pooler that shares sessions). Empty: controller.sqlite3 in the state directory.",
+    )
+    password_env: str = Field(
+        default="", description="Environment variable that holds the database's password."
+    )
+    timeout_s: Duration = Field(
+        default=5.0, description="Longest wait for one statement of the database.", gt=0, le=60
+    )
+    lease_s: Duration = Field(
+        default=2.0,
+        description="A leader that the database did not hear for this long leads no more; the "
+        "same for all controllers of a database.",
+        ge=0.2,
+        le=60,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StoreSection:
+        check_database(self.url, self.password_env)
+        return self
+
+
 class ControllerConfig(CommonConfig):
     """Everything in controller.toml."""
 
     role: ClassVar[str] = "controller"
 
     hub: HubSection = Field(default=HubSection(), description="Where members connect.")
+    store: StoreSection = Field(
+        default=StoreSection(), description="Where policies are kept, and who of a pair leads."
+    )
     flows: FlowsSection = Field(default=FlowsSection(), description="Scheduling of network flows.")
     jobs: JobsSection = Field(default=JobsSection(), description="Scheduling of GPU jobs.")
     prompts: PromptsSection = Field(

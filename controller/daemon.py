@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import pwd
 import sys
-from typing import Any, ClassVar, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from aiohttp import web
 
@@ -28,20 +30,26 @@ from intentd.controller.metrics import ControllerMetrics
 from intentd.controller.policies import MIGRATIONS, PolicyBook, StoredPolicy
 from intentd.controller.prompts_app import PromptsApplication
 from intentd.controller.registry import Registry, member_plain
-from intentd.core.errors import InputError, IntentdError
+from intentd.core.errors import InputError, IntentdError, NotLeadingError
 from intentd.core.flows.reports import domain_reports
 from intentd.core.messages import PolicyAck, Report
 from intentd.core.prompts import steering
 from intentd.daemons.kit.admin import AdminRefusedError, peer_uid
+from intentd.daemons.kit.config import database_password
 from intentd.daemons.kit.hub import HubLink, Member
-from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.lifecycle import Daemon, Kit, Tasks, leaves, run_daemon
+from intentd.daemons.kit.locks import LockHeldError, hold_lock
+from intentd.daemons.kit.store import Storage, Store, StoreError
+
+if TYPE_CHECKING:
+    from intentd.controller.leader import Leadership
 
 _log = logging.getLogger(__name__)
 
 STORE: Final = "controller.sqlite3"
 WITNESS: Final = "controller.newest"
 PROBE_INTERVAL_S: Final = 10.0
+PAUSE_S: Final = 1.0
 APPLICATIONS: Final = (flows_app.APPLICATION, jobs_app.APPLICATION, prompts_app.APPLICATION)
 # what goes into the audit log: command -> what of its arguments says what it was about
 CHANGES: Final = {
@@ -61,22 +69,17 @@ class Controller(Daemon[ControllerConfig]):
 
     role: ClassVar[str] = "controller"
     config_model = ControllerConfig
-    fixed: ClassVar[tuple[str, ...]] = ("hub.bind", "hub.key_file")
+    fixed: ClassVar[tuple[str, ...]] = ("hub.bind", "hub.key_file", "store")
 
     def __init__(self, config: ControllerConfig, kit: Kit) -> None:
         super().__init__(config, kit)
         self.registry = Registry()
         self.metrics = ControllerMetrics(kit.metrics)
-        self.hub = HubLink(
-            config.hub,
-            kit,
-            name=config.name,
-            on_hello=self._hello,
-            on_report=self._report,
-            on_ack=self._ack,
-            on_goodbye=self._goodbye,
-        )
-        self._store: Store | None = None
+        self.hub = self._make_hub()
+        self._store: Storage | None = None
+        self._claim: int | None = None
+        self._leadership: Leadership | None = None
+        self._turns: asyncio.Task[None] | None = None
         self._flows: FlowsApplication | None = None
         self._jobs: JobsApplication | None = None
         self._prompts: PromptsApplication | None = None
@@ -90,8 +93,43 @@ class Controller(Daemon[ControllerConfig]):
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         config, kit = self.config, self.kit
-        self._store = Store(config.state_dir / STORE, MIGRATIONS)
-        self._audit = AuditLog(self._store, kit.clock.wall)
+        if config.store.url:
+            self._leadership = leadership_of(config, kit)
+            self._turns = tasks.create_task(self._lead_by_turns(), name="leadership")
+        else:
+            self._claim = claim(config.state_dir / STORE)
+            await self._begin_term(tasks, Store(config.state_dir / STORE, MIGRATIONS))
+        tasks.create_task(self._watch(), name="watch")
+
+    async def _lead_by_turns(self) -> None:
+        """Lead whenever the database lets this controller, for ever."""
+        leadership = self._leadership
+        assert leadership is not None
+        while True:
+            store = await leadership.acquire()
+            try:
+                async with Tasks() as term:
+                    try:
+                        await self._begin_term(term, store)
+                        reason = await leadership.lost()
+                        _log.warning("leads no more", extra={"reason": reason})
+                    finally:
+                        await self._end_term()
+                        term.cancel_all()
+            except* StoreError as group:
+                for error in leaves(group):
+                    _log.error("the term ends: %s", error)
+            await leadership.resign()
+            await self.kit.clock.sleep(PAUSE_S)  # the others first
+
+    async def _begin_term(self, tasks: asyncio.TaskGroup, store: Storage) -> None:
+        """Go on from what is stored, and let members come. Raises IntentdError."""
+        config, kit = self.config, self.kit
+        self._store = store
+        self.registry = Registry()
+        self.hub = self._make_hub()
+        self.metrics.leading.set(True)
+        self._audit = AuditLog(store, kit.clock.wall)
         self._book = PolicyBook(
             self._store,
             witness=config.run_dir / WITNESS,
@@ -101,6 +139,7 @@ class Controller(Daemon[ControllerConfig]):
                 jobs_app.APPLICATION: jobs_app.differences,
                 prompts_app.APPLICATION: steering.differences,
             },
+            shared=self._leadership is not None,
         )
         self._flows = FlowsApplication(
             config.flows,
@@ -142,10 +181,35 @@ class Controller(Daemon[ControllerConfig]):
         tasks.create_task(self._jobs_timers.run(), name="jobs-timers")
         tasks.create_task(self._jobs.run(), name="jobs-search")
         tasks.create_task(self._prompts_timers.run(), name="prompts-timers")
-        tasks.create_task(self._watch(), name="watch")
+
+    async def _end_term(self) -> None:
+        """Stop speaking first; what is in memory is the next leader's to read from the store."""
+        await self.hub.stop()
+        self.metrics.leading.set(False)
+        self._flows = self._jobs = self._prompts = None
+        self._book = self._audit = None
+        self._timers = self._jobs_timers = self._prompts_timers = None
+        store, self._store = self._store, None
+        if store is not None:
+            await asyncio.to_thread(store.close)
+
+    def _make_hub(self) -> HubLink:
+        return HubLink(
+            self.config.hub,
+            self.kit,
+            name=self.config.name,
+            on_hello=self._hello,
+            on_report=self._report,
+            on_ack=self._ack,
+            on_goodbye=self._goodbye,
+            leads=lambda: self._leadership is None or self._leadership.holds(),
+        )
 
     async def reload(self, config: ControllerConfig) -> None:
         """Hub's bounds and allow list, and all of the three applications."""
+        if self._flows is None:  # standing by: the next term begins with it
+            self.hub.prepare(config.hub)()
+            return
         async with self.timers.lock, self.jobs_timers.lock, self.prompts_timers.lock:
             swaps = (
                 self.hub.prepare(config.hub),
@@ -171,59 +235,97 @@ class Controller(Daemon[ControllerConfig]):
             timers.wake()
 
     async def stop(self) -> None:
-        await self.hub.stop()
-        if self._store is not None:
-            self._store.close()
+        if self._turns is not None:
+            self._turns.cancel()
+            await asyncio.wait([self._turns])
+        await self._end_term()
+        if self._leadership is not None:
+            await asyncio.to_thread(self._leadership.close)
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def unready(self) -> list[str]:
+        if self._leadership is not None and self._flows is None:
+            # Standing by is what a standby is for.
+            away = self._leadership.away
+            return [f"store: {self._leadership.reason}"] if away else []
         return self._store.unready() if self._store is not None else ["store not open"]
+
+    def _standby(self) -> NotLeadingError:
+        summary = self.leadership()
+        leader = summary["leader"]
+        name = f"{leader['name']} on {leader['host']}" if leader else "none, as far as known"
+        return NotLeadingError(
+            f"controller {self.config.name} is {summary['state']}: ask the leader ({name})"
+        )
+
+    def leadership(self) -> dict[str, Any]:
+        """Who leads, since when, and who stands by."""
+        if self._leadership is not None:
+            return self._leadership.summary()
+        return {
+            "state": "leading" if self._store is not None else "away",
+            "store": "sqlite",
+            "leader": {"name": self.config.name, "host": self.config.host},
+            "others": [],
+        }
 
     @property
     def flows(self) -> FlowsApplication:
-        assert self._flows is not None, "before start"
+        if self._flows is None:
+            raise self._standby()
         return self._flows
 
     @property
     def jobs(self) -> JobsApplication:
-        assert self._jobs is not None, "before start"
+        if self._jobs is None:
+            raise self._standby()
         return self._jobs
 
     @property
     def jobs_timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
-        assert self._jobs_timers is not None, "before start"
+        if self._jobs_timers is None:
+            raise self._standby()
         return self._jobs_timers
 
     @property
     def prompts(self) -> PromptsApplication:
-        assert self._prompts is not None, "before start"
+        if self._prompts is None:
+            raise self._standby()
         return self._prompts
 
     @property
     def prompts_timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
-        assert self._prompts_timers is not None, "before start"
+        if self._prompts_timers is None:
+            raise self._standby()
         return self._prompts_timers
 
     @property
     def book(self) -> PolicyBook:
-        assert self._book is not None, "before start"
+        if self._book is None:
+            raise self._standby()
         return self._book
 
     @property
     def audit(self) -> AuditLog:
-        assert self._audit is not None, "before start"
+        if self._audit is None:
+            raise self._standby()
         return self._audit
 
     @property
     def timers(self) -> ApplicationTimers[Any, Any, Any, Any]:
-        assert self._timers is not None, "before start"
+        if self._timers is None:
+            raise self._standby()
         return self._timers
 
     async def _watch(self) -> None:
         """Keep the gauges, and let a store whose disk was full recover."""
         while True:
-            self._measure()
+            if self._flows is not None:
+                self._measure()
             if self._store is not None and self._store.unready():
-                await self._store.run(Store.probe)
+                await self._store.run(lambda store: store.probe())
             await self.kit.clock.sleep(PROBE_INTERVAL_S)
 
     def _measure(self) -> None:
@@ -295,7 +397,10 @@ class Controller(Daemon[ControllerConfig]):
         for application in (self.flows, self.jobs, self.prompts):
             numbers = member.policies.get(application.name)
             if numbers is not None:
-                application.seen(numbers[0], numbers[1], f"{member.role}@{member.name}")
+                try:
+                    application.seen(numbers[0], numbers[1], f"{member.role}@{member.name}")
+                except StoreError as error:  # the member's next report asks again
+                    _log.error("no new era", extra={"error": str(error)})
 
     def _bad(self, member: Member, error: InputError) -> None:
         self.metrics.bad_reports.inc()
@@ -323,8 +428,11 @@ class Controller(Daemon[ControllerConfig]):
         Console(self).add_routes(app)
 
     def status(self) -> dict[str, Any]:
+        if self._flows is None:
+            return {"leadership": self.leadership(), "members": [], "domains": []}
         hold = self.book.hold(APPLICATION)
         return {
+            "leadership": self.leadership(),
             "era": self.book.era,
             "eras": self.book.eras()[:3],
             "held": None if hold is None else {"number": hold.number, "author": hold.author},
@@ -335,6 +443,8 @@ class Controller(Daemon[ControllerConfig]):
         }
 
     def members(self) -> list[dict[str, Any]]:
+        if self._flows is None:
+            raise self._standby()
         now, newest = self.kit.clock.now(), self.hub.policies()
         return [
             member_plain(member, self.registry.record(member.key), now, newest)
@@ -410,7 +520,11 @@ class Controller(Daemon[ControllerConfig]):
         return [alarm.to_plain() for alarm in found]
 
     async def note(self, uid: int, command: str, about: str, result: str) -> None:
-        await self.audit.add(Entry(_account(uid), "admin", command, about, result=result))
+        entry = Entry(_account(uid), "admin", command, about, result=result)
+        if self._audit is None:  # standing by: the table is the leader's to write
+            _log.info("admin", extra={"who": entry.who, "command": command, "result": result})
+        else:
+            await self.audit.add(entry)
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         if command in CHANGES and not args.get("preview"):
@@ -527,6 +641,38 @@ def _account(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
         return f"uid-{uid}"
+
+
+def leadership_of(config: ControllerConfig, kit: Kit) -> Leadership:
+    """Not yet asked for. Raises ConfigError, IntentdError without the driver."""
+    password = database_password(config.store.password_env)
+    try:
+        from intentd.controller.leader import Leadership, Me
+    except ImportError as error:
+        raise IntentdError(
+            f"store.url: {error.name} is not installed: pip install 'intentd[controller-postgres]'"
+        ) from None
+    return Leadership(
+        config.store.url,
+        password=password,
+        timeout_s=config.store.timeout_s,
+        lease_s=config.store.lease_s,
+        me=Me(config.name, config.host, config.hub.bind, kit.boot),
+        clock=kit.clock,
+        migrations=MIGRATIONS,
+    )
+
+
+def claim(store: Path) -> int:
+    """Hold the store for this process; the descriptor to close. Raises IntentdError."""
+    path = store.with_name(store.name + ".lock")
+    try:
+        return hold_lock(path)
+    except LockHeldError as error:
+        raise IntentdError(
+            f"state_dir: {store} is in use by process {error.owner}: one controller a store; "
+            "a pair needs store.url"
+        ) from None
 
 
 def main() -> int:

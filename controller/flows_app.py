@@ -35,7 +35,7 @@ from intentd.core.flows.reports import DomainReport, new_flows
 from intentd.core.stats import LogHistogram
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.config import validate
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class FlowsApplication(
         self,
         config: FlowsSection,
         clock: Clock,
-        store: Store,
+        store: Storage,
         book: PolicyBook,
         *,
         on_issue: Callable[[StoredPolicy], None],

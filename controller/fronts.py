@@ -13,7 +13,7 @@ from typing import Any, Final
 from intentd.core.jobs.choice import Choice, choice_from_plain
 from intentd.core.jobs.history import Basis
 from intentd.core.jobs.policy import JobsPolicy, from_plain
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Storage
 
 KEPT: Final = 20  # fronts
 
@@ -49,16 +49,17 @@ class Front:
 class FrontBook:
     """Blocking; writes belong on the store's own thread."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Storage) -> None:
         self._store = store
 
     def add(self, made_wall_s: float, reason: str, document: Mapping[str, Any]) -> Front:
         with self._store.transaction() as db:
-            row = db.execute(
-                "INSERT INTO fronts (made_wall_s, reason, document) VALUES (?, ?, ?)",
-                (made_wall_s, reason, json.dumps(document)),
+            newest = db.execute("SELECT coalesce(max(number), 0) FROM fronts").fetchone()[0]
+            number = int(newest) + 1  # the newest is always kept, so none comes twice
+            db.execute(
+                "INSERT INTO fronts (number, made_wall_s, reason, document) VALUES (?, ?, ?, ?)",
+                (number, made_wall_s, reason, json.dumps(document)),
             )
-            number = int(row.lastrowid or 0)
             db.execute("DELETE FROM fronts WHERE number <= ?", (number - KEPT,))
         return Front(number, made_wall_s, reason, document)
 
@@ -89,4 +90,8 @@ class FrontBook:
 
     def _choose(self, name: str, value: Any) -> None:
         with self._store.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", (name, json.dumps(value)))
+            db.execute(
+                "INSERT INTO chosen VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET body = excluded.body",
+                (name, json.dumps(value)),
+            )

@@ -29,7 +29,7 @@ from intentd.core.jobs.history import Arrival, JobHistory, arrivals_from_plain
 from intentd.core.jobs.metrics import parse_objectives
 from intentd.core.jobs.policy import Costs, JobsPolicy, from_plain, make, to_plain, wfq
 from intentd.daemons.kit.clock import Clock
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class JobsApplication(
         self,
         config: JobsSection,
         clock: Clock,
-        store: Store,
+        store: Storage,
         book: PolicyBook,
         *,
         on_issue: Callable[[StoredPolicy], None],

@@ -14,6 +14,9 @@ class ControllerMetrics:
         self.members = metrics.gauge(
             "controller_members", "Members in the link's table, by state.", ("state",)
         )
+        self.leading = metrics.gauge(
+            "controller_leading", "1 while this controller leads, 0 while it stands by."
+        )
         self.issued = metrics.counter(
             "controller_policies_issued_total",
             "Policies issued, by application and author.",

@@ -22,7 +22,7 @@ from intentd.controller import audit
 from intentd.core.errors import InputError, IntentdError
 from intentd.core.messages import NumberedPolicy
 from intentd.daemons.kit.files import write_atomically
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Connection, Storage
 
 HISTORY: Final = 1000  # policies kept of each application
 MAX_ERA: Final = 2**40
@@ -123,18 +123,21 @@ class PolicyBook:
 
     witness: file in the run directory with "era number" of the newest policy, written before the
     policy is; it outlives the process but not the machine, and no backup contains it.
+    shared: other controllers write to the store too, so it may be ahead of the witness.
     differences: application -> what a policy changes, in words.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: Storage,
         *,
         witness: Path,
         wall: Callable[[], float],
         differences: Mapping[str, Differences],
+        shared: bool = False,
     ) -> None:
         self._store = store
+        self._shared = shared
         self._lock = threading.RLock()  # numbers are taken in the store's thread and in the loop
         self._witness = witness
         self._wall = wall
@@ -198,7 +201,9 @@ class PolicyBook:
             old = self.get(application, number)
             with self._store.transaction() as db:
                 db.execute(
-                    "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?)",
+                    "INSERT INTO holds VALUES (?, ?, ?, ?) ON CONFLICT (application) DO UPDATE SET "
+                    "number = excluded.number, since_wall_s = excluded.since_wall_s, "
+                    "author = excluded.author",
                     (application, number, self._wall(), author),
                 )
             return self._issue(
@@ -242,7 +247,9 @@ class PolicyBook:
                     db.execute("DELETE FROM settings WHERE name = ?", (name,))
                 else:
                     db.execute(
-                        "INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, json.dumps(body))
+                        "INSERT INTO settings VALUES (?, ?) "
+                        "ON CONFLICT (name) DO UPDATE SET body = excluded.body",
+                        (name, json.dumps(body)),
                     )
 
     def _issue(
@@ -256,43 +263,58 @@ class PolicyBook:
         copy_of: int | None = None,
     ) -> StoredPolicy:
         before = self.newest(application)
-        policy = StoredPolicy(
-            application,
-            self._era,
-            self._number + 1,
-            self._wall(),
-            author,
-            reason,
-            copy_of,
-            tuple(self._differences[application](before.body if before else {}, body)),
-            dict(inputs),
-            dict(body),
-        )
-        self._testify(policy.number)
+        changes = tuple(self._differences[application](before.body if before else {}, body))
         with self._store.transaction() as db:
-            db.execute(
-                "INSERT INTO policies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    application,
-                    policy.number,
-                    policy.era,
-                    policy.issued_wall_s,
-                    author,
-                    reason,
-                    copy_of,
-                    json.dumps(policy.changes),
-                    json.dumps(policy.inputs),
-                    json.dumps(policy.body),
-                ),
+            # Counted in the transaction: a commit that seemed to fail may have happened.
+            number = max(self._number, self._highest(db)) + 1
+            policy = StoredPolicy(
+                application,
+                self._era,
+                number,
+                self._wall(),
+                author,
+                reason,
+                copy_of,
+                changes,
+                dict(inputs),
+                dict(body),
             )
-            db.execute(
-                "DELETE FROM policies WHERE application = ? AND number <= ("
-                "SELECT number FROM policies WHERE application = ? "
-                "ORDER BY number DESC LIMIT 1 OFFSET ?)",
-                (application, application, HISTORY),
-            )
-        self._number = policy.number
+            self._testify(number)
+            self._insert(db, policy)
+        self._number = number
         return policy
+
+    @staticmethod
+    def _highest(db: Connection) -> int:
+        row = db.execute(
+            "SELECT coalesce(max(number), 0) FROM "
+            "(SELECT number FROM policies UNION ALL SELECT number FROM eras) AS known"
+        ).fetchone()
+        return int(row[0])
+
+    @staticmethod
+    def _insert(db: Connection, policy: StoredPolicy) -> None:
+        db.execute(
+            "INSERT INTO policies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                policy.application,
+                policy.number,
+                policy.era,
+                policy.issued_wall_s,
+                policy.author,
+                policy.reason,
+                policy.copy_of,
+                json.dumps(policy.changes),
+                json.dumps(policy.inputs),
+                json.dumps(policy.body),
+            ),
+        )
+        db.execute(
+            "DELETE FROM policies WHERE application = ? AND number <= ("
+            "SELECT number FROM policies WHERE application = ? "
+            "ORDER BY number DESC LIMIT 1 OFFSET ?)",
+            (policy.application, policy.application, HISTORY),
+        )
 
     def _select(self, tail: str, *values: object) -> list[StoredPolicy]:
         rows = self._store.read(f"SELECT {_COLUMNS} FROM policies {tail}", values)  # noqa: S608  tail is written in this class
@@ -314,17 +336,17 @@ class PolicyBook:
 
     def _stored(self) -> tuple[int, int]:
         era = self._store.read("SELECT coalesce(max(era), 0) FROM eras")[0][0]
-        number = self._store.read(
-            "SELECT coalesce(max(number), 0) FROM "
-            "(SELECT number FROM policies UNION ALL SELECT number FROM eras)"
-        )[0][0]
-        return int(era), int(number)
+        with self._store.transaction() as db:
+            return int(era), self._highest(db)
 
     def _continue_or_begin(self) -> None:
         testimony = self._read_witness()
         # The witness is written first: one number ahead is a crash between the two writes.
         if self._era and testimony in ((self._era, self._number), (self._era, self._number + 1)):
             self._number = testimony[1]
+            return
+        if self._shared and self._era and (testimony or (0, 0)) < (self._era, self._number):
+            self._testify(self._number)
             return
         if not self._era:
             why = "new store"

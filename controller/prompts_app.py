@@ -38,7 +38,7 @@ from intentd.core.prompts.steering import (
 )
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.config import validate
-from intentd.daemons.kit.store import Store
+from intentd.daemons.kit.store import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
         self,
         config: PromptsSection,
         clock: Clock,
-        store: Store,
+        store: Storage,
         book: PolicyBook,
         *,
         on_issue: Callable[[StoredPolicy], None],
@@ -356,20 +356,24 @@ def _intent_plain(intent: Intent) -> dict[str, Any]:
     return {"quality": intent.quality, "daily_nano": intent.daily_nano}
 
 
-def _stored_intents(store: Store) -> dict[str, dict[str, Any]]:
+def _stored_intents(store: Storage) -> dict[str, dict[str, Any]]:
     """Service type ("" all together) -> what the operator wants of it."""
     rows = store.read("SELECT name, body FROM intents ORDER BY name")
     return {name: json.loads(body) for name, body in rows}
 
 
-def _put_intents(store: Store, intents: Mapping[str, Mapping[str, Any] | None]) -> None:
+def _put_intents(store: Storage, intents: Mapping[str, Mapping[str, Any] | None]) -> None:
     """All or none; None goes back to the configuration."""
     with store.transaction() as db:
         for name, body in intents.items():
             if body is None:
                 db.execute("DELETE FROM intents WHERE name = ?", (name,))
             else:
-                db.execute("INSERT OR REPLACE INTO intents VALUES (?, ?)", (name, json.dumps(body)))
+                db.execute(
+                    "INSERT INTO intents VALUES (?, ?) "
+                    "ON CONFLICT (name) DO UPDATE SET body = excluded.body",
+                    (name, json.dumps(body)),
+                )
 
 
 def _rows(document: object) -> list[tuple[str, object]]:

@@ -35,3 +35,7 @@ class WireError(IntentdError):
 
 class StateError(IntentdError):
     """A transition the state machine forbids (a programmer error); the text tells the story."""
+
+
+class NotLeadingError(IntentdError):
+    """Asked of a controller that stands by: another one of them leads."""

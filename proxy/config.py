@@ -17,6 +17,7 @@ from intentd.daemons.kit.config import (
     Duration,
     Section,
     Size,
+    check_database,
     is_loopback,
     split_address,
 )
@@ -359,14 +360,7 @@ class StoreSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> StoreSection:
-        if self.url:
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("postgresql", "postgres"):
-                raise ConfigError("url", "(hidden)", "postgresql://USER@HOST/DATABASE")
-            if parts.password or "password=" in parts.query:
-                raise ConfigError("url", "(hidden)", "no password: it goes into password_env")
-        if self.password_env and not _ENV_NAME.match(self.password_env):
-            raise ConfigError("password_env", "(hidden)", "the NAME of an environment variable")
+        check_database(self.url, self.password_env)
         return self
 
 

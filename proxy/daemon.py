@@ -25,6 +25,7 @@ from intentd.core.prompts.money import format_dollars
 from intentd.core.prompts.service_types import ServiceType, get_type
 from intentd.core.prompts.steering import PromptsPolicy, policy_from_plain
 from intentd.daemons.kit.admin import AdminRefusedError
+from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
@@ -268,6 +269,10 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         except StoreError as error:
             raise AdminRefusedError(str(error), "store") from None
         return await super().admin(command, args)
+
+    async def prove(self) -> list[Claim]:
+        """The ledger equals the receipts."""
+        return [] if self._state is None else await self._state.prove()
 
     # -- inside --------------------------------------------------------------------------------
 

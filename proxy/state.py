@@ -9,11 +9,13 @@ from typing import Final
 
 from intentd.core.errors import IntentdError
 from intentd.core.prompts.limits import Rate, RateLimiter
+from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.store import Store
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.conversations import Conversations
 from intentd.proxy.ledger import Ledger
+from intentd.proxy.proof import prove_books, since
 from intentd.proxy.store.base import State
 from intentd.proxy.store.cache_sqlite import SqliteCacheRows
 from intentd.proxy.store.sqlite import MIGRATIONS, SqliteFeedback, SqliteKeys
@@ -68,6 +70,11 @@ class EmbeddedState:
 
     def unready(self) -> list[str]:
         return self.store.unready()
+
+    async def prove(self) -> list[Claim]:
+        """The books against the receipts, on disk. Raises StoreError."""
+        await self.books.flush()
+        return await prove_books(self.store, *since(self._clock.wall()))
 
     async def _probe(self) -> None:
         """A store that failed is tried again, so that readiness comes back by itself."""

@@ -251,6 +251,20 @@ class Shaper:
                 log.warning("repaired qdisc", extra={"device": self.device, "changes": made})
         return self._state
 
+    async def differences(self) -> list[str]:
+        """What the kernel holds otherwise than the policy, as tc commands that would mend it.
+
+        Changes nothing. Raises TcError, NoDeviceError when the device cannot be read.
+        """
+        tree = self._tree
+        if tree is None:
+            return []
+        target = self._target_name
+        reading = await self.host.thread.call(lambda: self.host.control.read(target))
+        if reading.tree.foreign:
+            return [f"{target} has a root qdisc {reading.tree.kind} that is not the agent's"]
+        return [plan.as_command(step, target) for step in plan.changes(tree, reading.tree)]
+
     async def restore(self) -> ShaperState:
         """Give this device back; the shaper then waits for the next policy."""
         self._tree = self._reading = None

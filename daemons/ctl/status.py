@@ -43,7 +43,9 @@ def code_of(document: dict[str, Any]) -> ExitCode:
         return ExitCode.UNREACHABLE
     unready = any(not status["ready"] for status in document["daemons"].values())
     apart = any(
-        status["controller"] is not None and not status["controller"]["connected"]
+        status["controller"] is not None
+        and not status["controller"]["connected"]
+        and _leads(status) is not False
         for status in document["daemons"].values()
     )
     gone = any(not member["connected"] for member in document["members"])
@@ -51,6 +53,12 @@ def code_of(document: dict[str, Any]) -> ExitCode:
     if unready or apart or gone or refused or document["unreachable"]:
         return ExitCode.DEGRADED
     return ExitCode.OK
+
+
+def _leads(status: dict[str, Any]) -> bool | None:
+    """Whether a controller leads, or stands by; None for other daemons."""
+    leadership = status["detail"].get("leadership")
+    return None if leadership is None else leadership["state"] == "leading"
 
 
 def render(document: dict[str, Any]) -> None:
@@ -75,6 +83,14 @@ def render(document: dict[str, Any]) -> None:
     print_table(
         ("daemon", "name", "state", "up", "policies", "controller", "lag p99", "status at"), rows
     )
+    controller = document["daemons"].get("controller", {"detail": {}})
+    leadership = controller["detail"].get("leadership", {})
+    if leadership.get("others") or leadership.get("state") not in (None, "leading"):
+        print()
+        print_table(
+            ("controller", "host", "state", "since", "seen", "reason"),
+            _pair(leadership, controller),
+        )
     if document["members"]:
         print()
         print_table(
@@ -96,6 +112,29 @@ def render(document: dict[str, Any]) -> None:
 
 def _numbers(policies: dict[str, list[int]]) -> str:
     return ", ".join(f"{name} {era}.{number}" for name, (era, number) in policies.items()) or "-"
+
+
+def _pair(leadership: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each controller of one database, as the one here tells it."""
+    own = (
+        mine["name"],
+        mine["host"],
+        leadership["state"],
+        format_duration(leadership["since_s"]),
+        "now",
+        leadership["reason"],
+    )
+    return [own] + [
+        (
+            row["name"],
+            row["host"],
+            row["state"],
+            format_duration(row["since_s"]),
+            format_duration(row["seen_s_ago"]) + " ago",
+            "",
+        )
+        for row in leadership["others"]
+    ]
 
 
 def _link(controller: dict[str, Any] | None) -> str:

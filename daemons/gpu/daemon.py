@@ -9,12 +9,12 @@ import logging
 import math
 import os
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from intentd.core.errors import ConfigError, InputError, PolicyError
-from intentd.core.jobs.job import OVER, Instruction, Job
+from intentd.core.jobs.job import OVER, Instruction, Job, State
 from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.placement import Node
 from intentd.core.jobs.policy import Costs, from_plain, make, to_plain
@@ -32,6 +32,7 @@ from intentd.daemons.gpu.scheduler import Scheduler
 from intentd.daemons.gpu.service import Caller, Service
 from intentd.daemons.gpu.store import JobStore
 from intentd.daemons.kit.admin import AdminRefusedError, peer_uid
+from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.store import Store, StoreError
@@ -45,6 +46,9 @@ STORE_FILE: Final = "gpu.sqlite"
 POLL_S: Final = 1.0
 PRUNE_S: Final = 60.0
 LEARNED_FROM: Final = 2000
+
+PROOF_LOOKS: Final = 10
+PROOF_PAUSE_S: Final = 0.1
 
 
 class GpuDaemon(Daemon[GpuConfig]):
@@ -179,6 +183,31 @@ class GpuDaemon(Daemon[GpuConfig]):
             return await answer_to(self.service, name, args, caller_of(peer_uid.get()))
         except InputError as error:
             raise AdminRefusedError(str(error), "bad_request") from None
+
+    async def prove(self) -> list[Claim]:
+        """The queue is the store's, and what runs has a process."""
+        if self.scheduler is None or self._store is None:
+            return []
+        ledger, store = self.scheduler.ledger, self._store
+        for _ in range(PROOF_LOOKS):  # a change is in memory for a moment before it is stored
+            rows = await store.store.run(lambda _store: store.unfinished())
+            stored = {job.id: (job.state, job.epoch) for job in rows}
+            mine = {j.id: (j.state, j.epoch) for j in ledger.jobs.values() if j.state not in OVER}
+            wrong = sorted(i for i in mine | stored if mine.get(i) != stored.get(i))
+            if not wrong:
+                break
+            await self.kit.clock.sleep(PROOF_PAUSE_S)
+        found = f"{len(mine)} jobs" if not wrong else f"differ: {_shown(wrong)}"
+        cure = "restart intentd-gpu: it takes the store's word" if wrong else ""
+        claims = [Claim("gpu-queue", "the queue is what the store holds", not wrong, found, cure)]
+        if isinstance(self._executor, LocalExecutor):
+            runs = [(j.id, j.epoch) for j in ledger.jobs.values() if j.state is State.RUNNING]
+            lost = [job for job, _ in self._executor.unsupervised(runs)]
+            found = f"{len(runs)} running" if not lost else f"no process: {_shown(lost)}"
+            cure = "restart intentd-gpu: lost runs are started again from checkpoints"
+            statement = "every running job has a living supervisor"
+            claims.append(Claim("gpu-processes", statement, not lost, found, cure if lost else ""))
+        return claims
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -334,6 +363,10 @@ class GpuDaemon(Daemon[GpuConfig]):
             "costs": {name: getattr(costs, name) for name in Costs.__slots__},
             "history": scheduler.history.report(),
         }
+
+
+def _shown(jobs: Sequence[int]) -> str:
+    return ", ".join(f"job {job}" for job in jobs[:10]) + (" ..." if len(jobs) > 10 else "")
 
 
 def caller_of(uid: int) -> Caller:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -266,6 +266,19 @@ class LocalExecutor:
             self._loop.call_later(BACKOFF_S, lambda: self._sink.lost(job, epoch, why, began=False))
         else:
             self._watch(job, epoch)
+
+    def unsupervised(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Of these runs, (job, epoch), those for which no living process stands."""
+        return [run for run in runs if not self._lives(*run)]
+
+    def _lives(self, job: int, epoch: int) -> bool:
+        try:
+            who = read_json(self.run_dir(job, epoch) / "claim")
+            return (job, epoch) in self._watched and self._hands.same(
+                who["pid"], who["start_ticks"]
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _claimed(self, job: int, run: Path) -> bool:
         """Whether nobody can start this run any more. A disk that takes no claim takes no

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,6 +37,8 @@ ZMQ_ADDRESS_OR_NONE: Final = r"^((tcp|ipc)://.+)?$"
 MAX_FILE_BYTES: Final = 8 << 20
 _TOKEN: Final = re.compile(r"((read|operate|admin):)?[0-9a-f]{64}\Z")
 _ORIGIN: Final = r"^(https?://[A-Za-z0-9.:\[\]-]+)?$"
+_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+MAX_ENDPOINTS: Final = 8
 
 # An empty field name: the loader puts the path in front.
 Duration = Annotated[float, BeforeValidator(lambda text: parse_duration_s(text, ""))]
@@ -44,6 +47,17 @@ Size = Annotated[int, BeforeValidator(lambda text: parse_size_bytes(text, ""))]
 """Bytes; the file may say ``"64KiB"``."""
 Rate = Annotated[float, BeforeValidator(lambda text: parse_rate_bps(text, ""))]
 """Bits per second; the file may say ``"1Gbit"``."""
+
+
+def _joined(value: object) -> object:
+    """A list of addresses as one text with commas, and no blanks in it."""
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    return re.sub(r"\s*,\s*", ",", value.strip()) if isinstance(value, str) else value
+
+
+Endpoints = Annotated[str, BeforeValidator(_joined)]
+"""Addresses of one thing, separated by commas; the file may give a list."""
 
 
 class InvalidConfigError(ConfigError):
@@ -161,10 +175,10 @@ class ControllerSection(Section):
     """The link to the controller."""
 
     enabled: bool = Field(default=True, description="Connect to a controller at all.")
-    endpoint: str = Field(
+    endpoint: Endpoints = Field(
         default=CONTROLLER_ENDPOINT,
-        description="ZeroMQ address of the controller's hub.",
-        pattern=ZMQ_ADDRESS,
+        description="ZeroMQ address of the controller's hub; of a pair all addresses, as a list or "
+        "with commas.",
     )
     key_file: str = Field(
         default="",
@@ -186,8 +200,19 @@ class ControllerSection(Section):
         default=10.0, description="Longest wait before reconnecting.", gt=0
     )
 
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        return tuple(self.endpoint.split(","))
+
     @model_validator(mode="after")
     def _check(self) -> ControllerSection:
+        for endpoint in self.endpoints:
+            if not re.match(ZMQ_ADDRESS, endpoint):
+                raise ConfigError("endpoint", endpoint, _form(ZMQ_ADDRESS))
+        if not len(set(self.endpoints)) == len(self.endpoints) <= MAX_ENDPOINTS:
+            raise ConfigError(
+                "endpoint", self.endpoint, f"at most {MAX_ENDPOINTS} addresses, each once"
+            )
         if bool(self.key_file) != bool(self.server_key_file):
             raise ConfigError(
                 "server_key_file", self.server_key_file, "key_file and server_key_file together"
@@ -332,6 +357,28 @@ def check_bind_security(endpoint: str, *, keyed: bool, where: str) -> None:
         host, _, _ = endpoint.removeprefix("tcp://").rpartition(":")
         if not is_loopback(host.removeprefix("[").removesuffix("]")):
             raise ConfigError(where, endpoint, "a loopback address, or key_file set (CURVE)")
+
+
+def check_database(url: str, password_env: str) -> None:
+    """A database's address in a section. Raises ConfigError, without what may be secret."""
+    if url:
+        parts = urlsplit(url)
+        if parts.scheme not in ("postgresql", "postgres"):
+            raise ConfigError("url", "(hidden)", "postgresql://USER@HOST/DATABASE")
+        if parts.password or "password=" in parts.query:
+            raise ConfigError("url", "(hidden)", "no password: it goes into password_env")
+    if password_env and not _ENV_NAME.match(password_env):
+        raise ConfigError("password_env", "(hidden)", "the NAME of an environment variable")
+
+
+def database_password(password_env: str) -> str:
+    """What the named variable holds; empty without a name. Raises ConfigError if it is not set."""
+    password = os.environ.get(password_env, "") if password_env else ""
+    if password_env and not password:
+        raise ConfigError(
+            "store.password_env", password_env, "an environment variable that holds the password"
+        )
+    return password
 
 
 M = TypeVar("M", bound=CommonConfig)

@@ -110,7 +110,8 @@ class HubLink:
     Callbacks run in the loop and must not block: on_hello(member), on_report(member, report),
     on_ack(member, ack), on_goodbye(member, reason) when a member leaves, expires or is replaced.
     ``highest_seen`` is the largest [era, number] any member said it runs: a controller whose store
-    is older than that starts a new era above it.
+    is older than that starts a new era above it. While leads() is false nothing is answered: of
+    several controllers only one may speak.
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class HubLink:
         on_report: Callable[[Member, Report], None] = _nothing,
         on_ack: Callable[[Member, PolicyAck], None] = _nothing,
         on_goodbye: Callable[[Member, str], None] = _nothing,
+        leads: Callable[[], bool] = lambda: True,
     ) -> None:
         self._section = section
+        self._leads = leads
         self._kit = kit
         self._name = name
         self._on_hello = on_hello
@@ -311,6 +314,9 @@ class HubLink:
 
     def _received(self, frames: list[zmq.Frame]) -> None:
         identity = frames[0].bytes
+        if not self._leads():
+            self._kit.metrics.link_dropped.labels("not_leading").inc()
+            return
         try:
             if len(frames) != 2:
                 raise WireError(f"message: got {len(frames) - 1} parts, expected 1")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import gc
 import json
 import logging
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 import intentd
 from intentd.core.errors import IntentdError
 from intentd.daemons.kit.admin import AdminRefusedError, AdminServer, peer_uid
+from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.clock import Clock, SystemClock
 from intentd.daemons.kit.config import (
     CommonConfig,
@@ -46,6 +46,7 @@ from intentd.daemons.kit.config import (
 )
 from intentd.daemons.kit.generations import Generations
 from intentd.daemons.kit.held import Held
+from intentd.daemons.kit.locks import LockHeldError, hold_lock
 from intentd.daemons.kit.logs import configure_logging
 from intentd.daemons.kit.metrics import Metrics
 from intentd.daemons.kit.reloading import Reloader
@@ -171,6 +172,10 @@ class Daemon(Generic[C]):
             f"command {command!r:.80}: unknown to {self.role}", "unknown_command"
         )
 
+    async def prove(self) -> list[Claim]:
+        """What must be true of this role, looked up now. Changes nothing."""
+        return []
+
     def dump(self) -> dict[str, Any]:
         """State for the log (SIGUSR1); by default the status."""
         return self.status()
@@ -247,7 +252,7 @@ class Lifecycle(Generic[C]):
                     self._tasks.cancel_all()
         except* IntentdError as group:
             failed = True
-            for error in _leaves(group):
+            for error in leaves(group):
                 _log.error("cannot go on: %s", error)
         except* Exception as group:  # noqa: BLE001  the last place: log it, exit non-zero
             failed = True
@@ -452,6 +457,9 @@ class Lifecycle(Generic[C]):
                 return self.config.model_dump(mode="json")
             case "metrics":
                 return {"text": self.kit.metrics.render().decode()}
+            case "prove":
+                claims = [claim.to_plain() for claim in await self.daemon.prove()]
+                return {"claims": claims, "wall_s": self.kit.clock.wall()}
             case "dump":
                 self.log_dump()
                 return self.daemon.dump()
@@ -485,21 +493,13 @@ class Lifecycle(Generic[C]):
     def _take_lock(self) -> None:
         path = self.config.run_dir / f"{self.config.role}.lock"
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+            self._lock_file = hold_lock(path)
         except OSError as error:
             raise IntentdError(f"run_dir: cannot open {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 32).decode("ascii", "replace").strip()
-            os.close(descriptor)
+        except LockHeldError as error:
             raise IntentdError(
-                f"run_dir: {path} is held by process {owner or '?'}: "
-                f"one {self.config.role} a run directory"
+                f"run_dir: {error}: one {self.config.role} a run directory"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        self._lock_file = descriptor
 
     def _release_lock(self) -> None:
         if self._lock_file is not None:
@@ -521,10 +521,11 @@ def prepare_directory(path: Path, mode: int) -> None:
         raise IntentdError(f"{path}: owned by uid {found.st_uid}, expected this user's directory")
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The single exceptions in a group."""
     found: list[BaseException] = []
     for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
 
 

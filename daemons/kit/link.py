@@ -1,5 +1,8 @@
 """A member's end of the control link: a ZeroMQ DEALER to the controller's hub (``hub``).
 
+A member of several controllers (a pair) greets them all; only the one that leads answers, and its
+line is kept. When that one is cut off or owes an answer, the others are asked again.
+
 A member says Hello, gets Welcome, reports on a timer and receives whole numbered policies, each
 answered with an ack. Every report is answered with Welcome, so both sides know the other lives; a
 member that hears nothing for three intervals, or is told it is unknown, greets again. The last
@@ -17,7 +20,7 @@ import contextlib
 import enum
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,22 +42,23 @@ from intentd.core.messages import (
     Report,
     Welcome,
 )
-from intentd.daemons.kit.codec import MAX_MESSAGE_BYTES, decode, encode, limit_socket, policy_order
+from intentd.daemons.kit.codec import MAX_MESSAGE_BYTES, decode, encode, policy_order
 from intentd.daemons.kit.config import ControllerSection, DaemonConfig
 from intentd.daemons.kit.files import write_atomically
-from intentd.daemons.kit.handshake import HandshakeWatch
 from intentd.daemons.kit.keys import (
     CurveKeys,
     read_curve_keys,
     read_curve_public,
 )
 from intentd.daemons.kit.lifecycle import Kit
-from intentd.daemons.kit.zap import secure_client
-from intentd.daemons.kit.zmqfd import ZmqStream
+from intentd.daemons.kit.line import Line
 
 _log = logging.getLogger(__name__)
 
 SILENCE_INTERVALS: Final = 3
+# Of several controllers: before the others are asked too; before all are asked again.
+ANSWER_S: Final = 1.0
+GREET_AGAIN_S: Final = 2.0
 GOODBYE_LINGER_MS: Final = 200
 MAX_QUESTIONS: Final = 8  # answered at a time
 
@@ -96,8 +100,9 @@ class MemberLink:
         self._collect_report = collect_report
         self._capabilities = capabilities
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._stream: ZmqStream | None = None
-        self._watch: HandshakeWatch | None = None
+        self._lines: dict[str, Line] = {}  # endpoint -> a connection, or one that is tried
+        self._joined: Line | None = None  # where the controller answers
+        self._asked_s: float | None = None  # since when it owes an answer
         self._applied: dict[str, NumberedPolicy] = {}
         self._pending: dict[str, NumberedPolicy] = {}
         self._unsaved: set[str] = set()
@@ -112,7 +117,6 @@ class MemberLink:
         self._interval_s = self._section.report_interval_s
         self._last_error = ""
         self._refused = False
-        self._shut_out = False  # this socket will not connect any more
         self._report_now = False
         self._keys: tuple[CurveKeys, bytes] | None = None
         self._running: list[asyncio.Task[None]] = []
@@ -140,12 +144,10 @@ class MemberLink:
         for task in (*self._running, *self._answering):
             task.cancel()
         self._running.clear()
-        if self._stream is not None:
-            stream, self._stream = self._stream, None
-            self._unwatch()
-            if self._state is LinkState.JOINED:
-                stream.send([encode(Goodbye(self._kit.boot))])
-            stream.stop(linger_ms=GOODBYE_LINGER_MS)
+        if self._joined is not None and self._state is LinkState.JOINED:
+            self._joined.stream.send([encode(Goodbye(self._kit.boot))])
+            self._joined.stop(linger_ms=GOODBYE_LINGER_MS)
+        self._close()
         self._enter(LinkState.OFF)
         if self._context is not None:
             context, self._context = self._context, None
@@ -159,11 +161,11 @@ class MemberLink:
         if section.enabled != self._section.enabled:
             raise ConfigError("controller.enabled", section.enabled, "a restart to change it")
         keys = _client_keys(section)
-        fresh = self._connect(section, keys) if self._stream is not None else None
+        fresh = self._connect(section, keys) if self._lines else None
         self._keys, self._section = keys, section
         if fresh is not None:
             self._close()
-            self._use(*fresh)
+            self._use(fresh)
             self._enter(LinkState.GREETING)
             self._news.set()
 
@@ -189,7 +191,7 @@ class MemberLink:
     def summary(self) -> dict[str, Any]:
         """The ``controller`` part of the status document."""
         return {
-            "endpoint": self._section.endpoint,
+            "endpoint": self._joined.endpoint if self._joined else self._section.endpoint,
             "connected": self.connected,
             "state": self._state.value,
             "since_s": round(self._kit.clock.now() - self._since_s, 3),
@@ -201,65 +203,90 @@ class MemberLink:
     # -- connection --------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._use(*self._connect(self._section, self._keys))
+        """Have a line to every endpoint."""
+        self._use(self._connect(self._section, self._keys, but=self._lines))
 
     def _connect(
-        self, section: ControllerSection, keys: tuple[CurveKeys, bytes] | None
-    ) -> tuple[HandshakeWatch, ZmqStream]:
-        """A socket that connects, not read yet. Raises IntentdError."""
+        self,
+        section: ControllerSection,
+        keys: tuple[CurveKeys, bytes] | None,
+        but: Container[str] = (),
+    ) -> list[Line]:
+        """Lines to the endpoints but these, not read yet. Raises IntentdError."""
         if self._context is None:
             self._context = zmq.Context(1)
-        socket = self._context.socket(zmq.DEALER)
-        watch: HandshakeWatch | None = None
+        made: list[Line] = []
         try:
-            limit_socket(socket, section.endpoint)
-            socket.setsockopt(zmq.RECONNECT_IVL, max(1, int(section.backoff_min_s * 1000)))
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, max(1, int(section.backoff_max_s * 1000)))
-            if keys is not None:
-                secure_client(socket, *keys)
-            watch = HandshakeWatch(
-                socket, encrypted=keys is not None, on_refused=self._no_handshake
-            )
-            socket.connect(section.endpoint)
-        except BaseException as error:
-            if watch is not None:
-                watch.stop()
-            socket.close(linger=0)
-            if isinstance(error, (zmq.ZMQError, OverflowError)):
-                raise IntentdError(f"controller.endpoint: {section.endpoint}: {error}") from None
+            for endpoint in section.endpoints:
+                if endpoint not in but:
+                    line = Line(
+                        self._context,
+                        endpoint,
+                        section,
+                        keys,
+                        on_message=self._received,
+                        on_refused=self._no_handshake,
+                        on_cut=self._cut,
+                    )
+                    made.append(line)
+        except BaseException:
+            for line in made:
+                line.stop()
             raise
-        return watch, ZmqStream(socket, self._received)
+        return made
 
-    def _use(self, watch: HandshakeWatch, stream: ZmqStream) -> None:
-        self._watch, self._stream = watch, stream
-        stream.start()
-        watch.start()
-        self._shut_out = False
+    def _use(self, lines: list[Line]) -> None:
+        for line in lines:
+            self._lines[line.endpoint] = line
+            line.start()
 
     def _close(self) -> None:
-        if self._stream is not None:
-            self._unwatch()
-            self._stream.stop()
-            self._stream = None
+        for line in self._lines.values():
+            line.stop()
+        self._lines.clear()
+        self._joined = None
 
-    def _unwatch(self) -> None:
-        if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
+    def _keep_only(self, line: Line) -> None:
+        """Of several lines keep the one whose controller answers."""
+        for endpoint, other in list(self._lines.items()):
+            if other is not line:
+                del self._lines[endpoint]
+                other.stop()
 
-    def _no_handshake(self, reason: str, final: bool) -> None:
-        self._refuse(f"controller.{reason}" if "key_file" in reason else reason)
-        if final:
-            self._shut_out = True
+    def _cut(self, line: Line) -> None:
+        """The connection ended: of several controllers, another may lead now."""
+        if line is self._joined and self._several:
+            self._last_error = "connection ended"
+            self._enter(LinkState.GREETING)
             self._news.set()
+
+    def _no_handshake(self, line: Line, reason: str, final: bool) -> None:
+        self._refuse(f"controller.{reason}" if "key_file" in reason else reason)
+        line.shut_out = line.shut_out or final
+        if final and all(other.shut_out for other in self._lines.values()):
+            self._news.set()
+
+    @property
+    def _several(self) -> bool:
+        return len(self._section.endpoints) > 1
+
+    @property
+    def _shut_out(self) -> bool:
+        """Whether no line will connect any more."""
+        return bool(self._lines) and all(line.shut_out for line in self._lines.values())
 
     async def _run(self) -> None:
         """Greet, report while answered, and greet again; for ever."""
         wait_s = self._section.backoff_min_s
         while True:
             self._enter(LinkState.GREETING)
+            self._joined = None
+            self._open()
             self._say_hello()
-            limit_s = self._section.backoff_max_s * self._kit.rng.uniform(0.75, 1.25)
+            most_s = self._section.backoff_max_s
+            if self._several:  # a greeting may end at one that was about to lead no more
+                most_s = min(most_s, GREET_AGAIN_S)
+            limit_s = most_s * self._kit.rng.uniform(0.75, 1.25)
             if not await self._answered(limit_s):
                 nobody = not (self._refused or self._shut_out)
                 if not nobody:
@@ -301,9 +328,25 @@ class MemberLink:
             if now >= due or self._report_now:
                 self._report_now = False
                 self._say_report()
+                self._asked_s = self._asked_s or now
                 self._save_again()
                 due = now + self._interval_s * self._kit.rng.uniform(0.95, 1.05)
-            await self._wait(due - now)
+            await self._wait(min(due, self._ask_others(now, due)) - now)
+
+    def _ask_others(self, now: float, due: float) -> float:
+        """Greet the other controllers when this one owes an answer; when to look again.
+
+        The member stays where it is until another one welcomes it.
+        """
+        if not self._several or self._asked_s is None or len(self._lines) > 1:
+            return due
+        if now < self._asked_s + ANSWER_S:
+            return self._asked_s + ANSWER_S
+        self._open()
+        for line in self._lines.values():
+            if line is not self._joined:
+                self._send(self._hello(), line)
+        return due
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -318,7 +361,8 @@ class MemberLink:
         self._since_s = self._kit.clock.now()
         self._kit.metrics.link_connected.set(float(state is LinkState.JOINED))
         if state is LinkState.JOINED:
-            _log.info("controller answers", extra={"endpoint": self._section.endpoint})
+            endpoint = self._joined.endpoint if self._joined else ""
+            _log.info("controller answers", extra={"endpoint": endpoint})
         elif was is LinkState.JOINED and state is LinkState.GREETING:
             _log.warning(
                 "controller away: keeping the last policy",
@@ -327,7 +371,9 @@ class MemberLink:
 
     # -- messages ----------------------------------------------------------------------------
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message, line: Line | None = None) -> None:
+        """To the controller that answers, or on this line."""
+        line = line or self._joined
         kind = type(message).__name__.lower()
         try:
             data = encode(message)
@@ -335,33 +381,35 @@ class MemberLink:
             self._kit.metrics.link_dropped.labels("unencodable").inc()
             _log.error("message not sent", extra={"type": kind, "error": str(error)})
             return
-        if self._stream is not None and self._stream.send([data]):
+        if line is not None and line.stream.send([data]):
             self._kit.metrics.link_messages.labels("out", kind).inc()
         else:
             self._kit.metrics.link_dropped.labels("queue_full").inc()
 
     def _say_hello(self) -> None:
+        for line in self._lines.values():
+            self._send(self._hello(), line)
+
+    def _hello(self) -> Hello:
         config = self._config
-        self._send(
-            Hello(
-                role=config.role,
-                host=config.host,
-                name=config.name,
-                version=intentd.__version__,
-                boot=self._kit.boot,
-                policies=self.policies(),
-                capabilities={
-                    **self._capabilities(),
-                    **({"answers": True} if self._on_question is not None else {}),
-                },
-            )
+        return Hello(
+            role=config.role,
+            host=config.host,
+            name=config.name,
+            version=intentd.__version__,
+            boot=self._kit.boot,
+            policies=self.policies(),
+            capabilities={
+                **self._capabilities(),
+                **({"answers": True} if self._on_question is not None else {}),
+            },
         )
 
     def _say_report(self) -> None:
         self._sequence += 1
         self._send(Report(self._kit.boot, self._sequence, self.policies(), self._collect_report()))
 
-    def _received(self, parts: list[bytes]) -> None:
+    def _received(self, line: Line, parts: list[bytes]) -> None:
         try:
             if len(parts) != 1:
                 raise WireError(f"message: got {len(parts)} parts, expected 1")
@@ -371,18 +419,20 @@ class MemberLink:
         except WireError as error:
             self._kit.metrics.link_dropped.labels("malformed").inc()
             self._last_error = str(error)
-            self._send(Refusal(str(error)[:MAX_TEXT]))
+            self._send(Refusal(str(error)[:MAX_TEXT]), line)
             return
         kind = type(message).__name__.lower()
         self._kit.metrics.link_messages.labels("in", kind).inc()
-        self._heard_s = self._kit.clock.now()
+        if line is self._joined or self._joined is None:
+            self._heard_s = self._kit.clock.now()
+            self._asked_s = None
         if isinstance(message, Welcome):
-            self._welcomed(message)
+            self._welcomed(line, message)
         elif isinstance(message, NumberedPolicy):
             self._offered(message)
         elif isinstance(message, Question):
             self._asked(message)
-        else:
+        elif line is self._joined or self._joined is None:
             self._refuse(message.reason)
             self._refused = self._state is LinkState.GREETING
             self._enter(LinkState.GREETING)
@@ -394,16 +444,22 @@ class MemberLink:
             _log.warning("controller refuses", extra={"endpoint": endpoint, "reason": reason})
         self._last_error = reason
 
-    def _welcomed(self, message: Welcome) -> None:
+    def _welcomed(self, line: Line, message: Welcome) -> None:
         if not 0.01 <= message.report_interval_s <= 3600:
             self._kit.metrics.link_dropped.labels("malformed").inc()
             return
         self._interval_s = message.report_interval_s
-        if self._state is LinkState.JOINED and message.boot != self._hub_boot:
+        if line is not self._joined:
+            self._joined = line
+            self._heard_s, self._asked_s = self._kit.clock.now(), None
+            self._report_now = True
+            self._enter(LinkState.JOINED)
+        elif self._state is LinkState.JOINED and message.boot != self._hub_boot:
             self._last_error = "another controller answers"
             self._enter(LinkState.GREETING)
         else:
             self._enter(LinkState.JOINED)
+        self._keep_only(line)
         self._hub_boot = message.boot
         self._news.set()
 

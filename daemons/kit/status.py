@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from intentd.core.errors import IntentdError
+from intentd.core.errors import IntentdError, NotLeadingError
 from intentd.daemons.kit.config import StatusSection, is_loopback, split_address
 from intentd.daemons.kit.held import Held
 from intentd.daemons.kit.metrics import Metrics
@@ -190,6 +190,8 @@ class StatusServer:
             if error.status < 400:
                 raise
             return json_response({"error": error.reason}, error.status)
+        except NotLeadingError as error:
+            return json_response({"error": str(error)}, 503)
         except IntentdError as error:
             return json_response({"error": str(error)}, 400)
         except Exception as error:  # noqa: BLE001  one bad request must not end the daemon

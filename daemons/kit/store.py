@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from intentd.core.errors import IntentdError
 
@@ -23,6 +23,42 @@ BUSY_TIMEOUT_MS: Final = 5000
 
 class StoreError(IntentdError):
     """The store cannot be opened, read or written; nothing was changed."""
+
+
+class Rows(Protocol):
+    """What a statement brought; a sqlite3.Cursor is one."""
+
+    @property
+    def rowcount(self) -> int: ...
+
+    def fetchone(self) -> Any: ...
+
+    def fetchall(self) -> list[Any]: ...
+
+
+class Connection(Protocol):
+    """Inside a transaction; a sqlite3.Connection is one. Parameters are marked by ``?``."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Rows: ...
+
+
+class Storage(Protocol):
+    """What a role that may keep its tables in SQLite or in PostgreSQL needs of its store.
+
+    The SQL has to be of both: ON CONFLICT instead of OR REPLACE, no implicit row numbers.
+    """
+
+    def transaction(self) -> contextlib.AbstractContextManager[Connection]: ...
+
+    def read(self, sql: str, parameters: Sequence[Any] = ..., /) -> Sequence[Any]: ...
+
+    async def run(self, work: Callable[[Any], T]) -> T: ...
+
+    def unready(self) -> list[str]: ...
+
+    def probe(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Store:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
-from intentd.proxy.postgres.database import Database
+from intentd.daemons.kit.postgres import Database
 from intentd.proxy.store.cache import ItemRow, KeyRow, Page
 
 MIGRATION: Final = """

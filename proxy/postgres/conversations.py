@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from intentd.core.prompts.effects import Message
 from intentd.daemons.kit.clock import Clock
+from intentd.daemons.kit.postgres import Database
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.config import ConversationsSection
 from intentd.proxy.conversations import PRUNE_EVERY, REMEMBER_S, message_row, read_message
 from intentd.proxy.errors import ApiError
-from intentd.proxy.postgres.database import Database
 from intentd.proxy.store.base import Turn
 from intentd.proxy.store.grouped import Grouped
 

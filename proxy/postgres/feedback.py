@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from intentd.proxy.postgres.database import Database
+from intentd.daemons.kit.postgres import Database
 from intentd.proxy.store.base import FeedbackRow
 
 MIGRATION: Final = """

@@ -25,10 +25,10 @@ from intentd.core.prompts import budgets
 from intentd.core.prompts.budgets import Account, BudgetRule, Refused, Reservation
 from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.files import write_atomically
+from intentd.daemons.kit.postgres import Database
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.errors import ApiError
 from intentd.proxy.ledger import refusal
-from intentd.proxy.postgres.database import Database
 from intentd.proxy.store.base import Purpose, Sums
 
 _log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from intentd.core.prompts.limits import Rate, take
+from intentd.daemons.kit.postgres import Database
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.errors import ApiError
-from intentd.proxy.postgres.database import Database
 from intentd.proxy.store.grouped import Grouped
 
 _MAKE: Final = (

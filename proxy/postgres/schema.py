@@ -1,4 +1,4 @@
-"""Schema of the proxies' shared state in PostgreSQL; postgres.database runs the migrations."""
+"""Schema of the proxies' shared state in PostgreSQL; kit.postgres runs the migrations."""
 
 from __future__ import annotations
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 import asyncpg
 
-from intentd.core.errors import ConfigError, InputError
+from intentd.core.errors import InputError
+from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.clock import Clock
+from intentd.daemons.kit.config import database_password
+from intentd.daemons.kit.postgres import Database
+from intentd.daemons.kit.postgres_store import numbered
 from intentd.daemons.kit.store import StoreError
+from intentd.proxy import proof
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.postgres.cache import PostgresCacheRows
 from intentd.proxy.postgres.conversations import CHANNEL, SharedConversations, take_tickets
-from intentd.proxy.postgres.database import Database
 from intentd.proxy.postgres.feedback import SharedFeedback
 from intentd.proxy.postgres.ledger import SharedLedger, settle_abandoned
 from intentd.proxy.postgres.rates import SharedRates
@@ -119,18 +122,9 @@ class SharedState:
     async def open(cls, config: ProxyConfig, clock: Clock, boot: str) -> SharedState:
         """Raises StoreError when the database is away, ConfigError."""
         section = config.store
-        password = ""
-        if section.password_env:
-            password = os.environ.get(section.password_env, "")
-            if not password:
-                raise ConfigError(
-                    "store.password_env",
-                    section.password_env,
-                    "an environment variable that holds the password",
-                )
         database = await Database.open(
             section.url,
-            password=password,
+            password=database_password(section.password_env),
             connections=section.connections + 3,  # the ledger and turns do not wait
             timeout_s=section.timeout_s,
             migrations=MIGRATIONS,
@@ -156,6 +150,19 @@ class SharedState:
     def reload(self, config: ProxyConfig) -> None:
         self.turns.section = config.conversations
         self.books.max_rows = self.feedback_rows.max_rows = config.records.max_rows
+
+    async def prove(self) -> list[Claim]:
+        """The books of all proxies against the receipts, at one moment. Raises StoreError."""
+        await self.books.flush()
+        day, since_s = proof.since(self._clock.wall())
+        async with self.database.transaction() as db:
+            await db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            return proof.claims_of(
+                await db.fetch(proof.ACCOUNTS),
+                await db.fetch(proof.RESERVATIONS),
+                await db.fetchrow(numbered(proof.SPEND), day),
+                await db.fetch(numbered(proof.RECEIPTS), since_s),
+            )
 
     def unready(self) -> list[str]:
         return [self.database.failure] if self.database.failure else []

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from intentd.core.prompts.budgets import Account, BudgetRule, Reservation
 from intentd.core.prompts.effects import Message
 from intentd.core.prompts.limits import Rate
+from intentd.daemons.kit.claims import Claim
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.store.cache import CacheRows
 
@@ -215,6 +216,9 @@ class State(Protocol):
     ) -> None:
         """Write and watch until the tasks are cancelled. reload_keys: called when another proxy
         changed one."""
+
+    async def prove(self) -> list[Claim]:
+        """What ``intentctl doctor`` asks of the books. Raises StoreError."""
 
     async def close(self) -> None:
         """Write the rest and let go."""

@@ -22,10 +22,10 @@ from intentd.core.prompts.limits import Rate
 from intentd.daemons.kit.clock import ManualClock, SystemClock
 from intentd.daemons.kit.config import validate
 from intentd.daemons.kit.lifecycle import Tasks
+from intentd.daemons.kit.postgres import Database
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.config import ProxyConfig
 from intentd.proxy.errors import ApiError
-from intentd.proxy.postgres.database import Database
 from intentd.proxy.postgres.schema import MIGRATIONS
 from intentd.proxy.postgres.state import SharedState
 from intentd.proxy.store.base import FeedbackRow, Purpose, Sums

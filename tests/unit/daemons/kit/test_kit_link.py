@@ -28,7 +28,13 @@ from intentd.core.messages import (
 )
 from intentd.daemons.kit import keys
 from intentd.daemons.kit.codec import decode, encode
-from intentd.daemons.kit.config import ControllerSection, DaemonConfig, HubSection
+from intentd.daemons.kit.config import (
+    ControllerSection,
+    DaemonConfig,
+    HubSection,
+    InvalidConfigError,
+    validate,
+)
 from intentd.daemons.kit.hub import HubLink, Member, NoAnswerError
 from intentd.daemons.kit.lifecycle import Kit, Tasks
 from intentd.daemons.kit.link import MemberLink
@@ -313,9 +319,54 @@ async def test_a_silent_member_expires_and_a_namesake_replaces(rig: Rig) -> None
     assert len(hub.members()) == 1
     await rig.close(first)
     await rig.story.until(lambda: second.connected)
-    assert second._stream is not None
-    second._stream.stop()  # as if the host had lost power
+    assert second._joined is not None
+    second._joined.stop()  # as if the host had lost power
     await rig.story.until(lambda: ("goodbye", "a", "silent") in rig.story.events)
+
+
+async def test_of_two_controllers_the_member_follows_the_one_that_answers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intentd.daemons.kit.link.ANSWER_S", 0.1)
+    monkeypatch.setattr("intentd.daemons.kit.link.GREET_AGAIN_S", 0.2)
+    here, there = (f"ipc://{rig.directory}/{name}" for name in ("one", "two"))
+    one = await rig.hub(here)
+    one.publish(policy(1))
+    link = await rig.member(f"{here},{there}")
+    await rig.story.until(lambda: link.policies() == {"flows": [1, 1]})
+    assert link.summary()["endpoint"] == here
+    await rig.close(one)  # its connection ends: the other may lead now
+    two = await rig.hub(there)
+    two.publish(policy(2))
+    await rig.story.until(lambda: link.policies() == {"flows": [1, 2]})
+    assert link.summary()["endpoint"] == there
+    one = await rig.hub(here)
+    one.publish(policy(3))
+    monkeypatch.setattr(two, "_leads", lambda: False)  # stays connected and says nothing
+    await rig.story.until(lambda: link.policies() == {"flows": [1, 3]})
+    assert link.summary()["endpoint"] == here
+    assert list(link._lines) == [here], "the other line is not kept"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "says"),
+    [
+        ("tcp://a:1,udp://b:2", "controller.endpoint: got 'udp://b:2', expected tcp://HOST:PORT"),
+        ("tcp://a:1, ", "controller.endpoint: got '', expected tcp://HOST:PORT"),
+        (["tcp://a:1", "tcp://a:1"], "at most 8 addresses, each once"),
+        (["tcp://a:1", 7], "expected a valid string"),
+    ],
+)
+def test_wrong_endpoints_are_refused(endpoint: Any, says: str) -> None:
+    with pytest.raises(InvalidConfigError) as caught:
+        validate(AgentConfig, {"controller": {"endpoint": endpoint}})
+    assert says in str(caught.value)
+
+
+def test_endpoints_of_a_pair_may_be_a_list_or_have_commas() -> None:
+    for endpoint in (["tcp://a:1", "tcp://b:2"], "tcp://a:1 , tcp://b:2"):
+        config = validate(AgentConfig, {"controller": {"endpoint": endpoint}})
+        assert config.controller.endpoints == ("tcp://a:1", "tcp://b:2")
 
 
 async def test_more_members_than_allowed_are_refused(rig: Rig) -> None:

@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 MIGRATION_LOCK: Final = 0x696E74656E74  # "intent"
 # What a server that is away, starting, stopping or full of connections leads to.
-_AWAY: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-_AWAY_OR_CANCELLED: Final = (*_AWAY, asyncio.CancelledError)
+AWAY: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+_AWAY_OR_CANCELLED: Final = (*AWAY, asyncio.CancelledError)
 _CLASH: Final = asyncpg.IntegrityConstraintViolationError
 
 
@@ -44,9 +44,10 @@ class Database:
         connections: int,
         timeout_s: float,
         migrations: Sequence[str],
+        application_name: str = "intentd-proxy",
     ) -> Database:
         """Connect and migrate. Raises StoreError."""
-        settings = {"server_settings": {"application_name": "intentd-proxy"}}
+        settings = {"server_settings": {"application_name": application_name}}
         try:
             pool = await asyncpg.create_pool(
                 url,
@@ -57,7 +58,7 @@ class Database:
                 max_inactive_connection_lifetime=300.0,
                 **settings,
             )
-        except (*_AWAY, ValueError) as error:
+        except (*AWAY, ValueError) as error:
             raise StoreError(f"store.url: {shown(error)}") from None
 
         async def connect() -> Any:
@@ -96,7 +97,7 @@ class Database:
                     await self._pool.release(connection)
         except _CLASH:
             raise
-        except _AWAY as error:
+        except AWAY as error:
             self.failure = f"store: {shown(error)}"
             raise StoreError(self.failure) from None
         self.failure = ""
@@ -110,17 +111,7 @@ class Database:
     async def migrate(self, migrations: Sequence[str]) -> None:
         """Bring the schema to this version, once, whoever comes first. Raises StoreError."""
         async with self.transaction() as connection:
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
-            await connection.execute("CREATE TABLE IF NOT EXISTS schema_version(version INT)")
-            version = await connection.fetchval("SELECT max(version) FROM schema_version") or 0
-            if version > len(migrations):
-                raise StoreError(
-                    f"store.url: schema version {version}, newer than {len(migrations)}: "
-                    "upgrade intentd or use another database"
-                )
-            for number in range(version, len(migrations)):
-                await connection.execute(migrations[number])
-                await connection.execute("INSERT INTO schema_version VALUES ($1)", number + 1)
+            await migrate(connection, migrations)
 
     async def listen(self, channels: dict[str, Callable[[str], None]]) -> bool:
         """Keep a connection on which notices come; call again in a while, it checks itself.
@@ -138,7 +129,7 @@ class Database:
                     await listener.add_listener(
                         channel, lambda _c, _pid, _channel, text, take=take: take(text)
                     )
-        except _AWAY as error:
+        except AWAY as error:
             self.failure = f"store: {shown(error)}"
             if listener is not None:
                 listener.terminate()
@@ -153,8 +144,23 @@ class Database:
         try:
             async with asyncio.timeout(self.timeout_s):
                 await self._pool.close()
-        except _AWAY:
+        except AWAY:
             self._pool.terminate()
+
+
+async def migrate(connection: Any, migrations: Sequence[str]) -> None:
+    """Bring the schema to this version inside a transaction. Raises StoreError if it is newer."""
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
+    await connection.execute("CREATE TABLE IF NOT EXISTS schema_version(version INT)")
+    version = await connection.fetchval("SELECT max(version) FROM schema_version") or 0
+    if version > len(migrations):
+        raise StoreError(
+            f"store.url: schema version {version}, newer than {len(migrations)}: "
+            "upgrade intentd or use another database"
+        )
+    for number in range(version, len(migrations)):
+        await connection.execute(migrations[number])
+        await connection.execute("INSERT INTO schema_version VALUES ($1)", number + 1)
 
 
 def shown(error: Exception) -> str:

@@ -129,6 +129,13 @@ bench: $(STAMP) kernel  ## every benchmark (slow); fails at the end, naming thos
 	done; \
 	test -z "$$failed" || { echo "failed or below a bar:$$failed" >&2; exit 1; }
 
+bench-reload: $(STAMP) kernel  ## 10,000 mutated configurations, fed to real daemons under load (slow)
+	$(BIN)/python -m benchmarks.reload_mutations --count 10000 --json
+
+bench-restart: $(STAMP) kernel  ## restarts and upgrades under 500 streams and 1,000 queued flows
+	$(BIN)/python -m benchmarks.restart --json
+
+.PHONY: bench-reload bench-restart
 # every target reproduce-*, whoever adds one
 REPRODUCE := $(shell sed -n 's/^\(reproduce-[a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .PHONY: $(REPRODUCE)

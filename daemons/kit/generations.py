@@ -70,8 +70,8 @@ class Change:
 class Generations(Generic[C]):
     """The book of one daemon. running: what it runs. good: what it would return to.
 
-    verdict: number, outcome and reason of the last trial that ended. last: what became of the last
-    reload, and of its trial.
+    requests: reloads asked for. verdict: number, outcome and reason of the last trial that ended.
+    last: what became of the last reload, and of its trial.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Generations(Generic[C]):
         self.failure = ""
         self.running = self.good = Generation(self._first_number(source), config, source)
         self.on_trial = False
+        self.requests = 0
         self.verdict: tuple[int, Outcome, str] = (0, Outcome.STARTED, "")
         self.last = Change(Outcome.STARTED, "start", wall())
 
@@ -93,10 +94,12 @@ class Generations(Generic[C]):
 
     def refused(self, by: str, reason: str) -> None:
         """Nothing changed. A generation on trial stays there."""
+        self.requests += 1
         self.last = Change(Outcome.REFUSED, by, self._wall(), reason)
 
     def taken(self, by: str, config: C, source: bytes) -> int:
         """The swap is done; the new generation's number."""
+        self.requests += 1
         self.running = Generation(self.number + 1, config, source)
         self.on_trial = True
         self.last = Change(Outcome.TAKEN, by, self._wall())
@@ -146,6 +149,7 @@ class Generations(Generic[C]):
             "wall_s": round(last.wall_s, 3),
             "reason": last.reason,
             "on_trial": self.on_trial,
+            "requests": self.requests,
             "good": self.good.number,
             "kept": str(self._good_path) if self._kept else "",
             "not_kept": self.failure,

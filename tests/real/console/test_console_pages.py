@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tests.real.console.console_suite import HOSTILE, TOKENS, Suite, until
 
+from intentd.controller.console.live import MAX_LISTENERS
+
 pytestmark = pytest.mark.real
 
 PAGES = ("", "flows", "jobs", "jobs?point=0", "prompts", "policies", "policies?application=jobs",
@@ -204,6 +206,25 @@ def test_the_playground_asks_and_regenerates(suite: Suite, sessions: dict[str, B
     rows = suite.admin("controller").call("audit", limit=20)["entries"]
     assert {row["action"] for row in rows} >= {"prompts.ask", "prompts.regenerate"}
     assert HOSTILE not in json.dumps([row["about"] for row in rows])
+
+
+def test_listeners_are_bounded(suite: Suite) -> None:
+    address = suite.url.removeprefix("http://")
+    open_ones = []
+    try:
+        for _ in range(MAX_LISTENERS):
+            connection = http.client.HTTPConnection(address, timeout=60)
+            connection.request("GET", "/console/events")
+            open_ones.append((connection, connection.getresponse()))
+            assert open_ones[-1][1].status == 200
+        code, text, headers = Browser(suite).get("events")
+        assert (code, headers["retry-after"]) == (503, "10")
+        assert "more than 32 listeners" in text
+        assert open_ones[0][1].readline() == b"retry: 3000\n"
+        assert Browser(suite).get("")[0] == 200
+    finally:
+        for connection, _ in open_ones:
+            connection.close()
 
 
 def test_logout_ends_the_session(suite: Suite) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Final
 PR_SET_PDEATHSIG: Final = 1
 AGAIN_S: Final = 1.0
 END_S: Final = 3.0  # Ray would drain for as long as actors live, which ours do
-START_S: Final = 60.0
+START_S: Final = 300.0  # on a busy host; one that fails ends before
 STARTED: Final = b"Ray runtime started"
 FILE: Final = "cluster.json"
 # Ray's own metrics, usage reports and workers started in advance cost seconds and 200 MB. Workers

@@ -29,11 +29,15 @@ Array = NDArray[np.float64]
 CLASSES: Final = 5
 HELD: Final = 16384  # predictions kept for learning, at least
 KEPT_ROWS: Final = 4096  # of these, kept over a restart
+STRATIFIED: Final = 4000  # newest predictions whose verdicts say how the classes are covered
+COMPARED: Final = 400  # newest predictions in which the median is compared with the play-out
+COMPARED_EVERY: Final = 10  # ends after which it is
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How fast the calibrator learns. Found by random search on the four traces (docs/jobs.md).
+    """How fast the calibrator learns. Chosen on workloads that are none of those reported
+    (docs/jobs.md).
 
     window: predictions after which evidence has lost 63 % of its weight. near_size, near_length:
     e-foldings in size and predicted length after which it has. start: log factor before any
@@ -41,25 +45,31 @@ class Tuning:
     the ones that later arrivals delay. level: quantile of the local factors that is corrected.
     slip_max: no slip above this is extrapolated. settled: share of its life after which a job's
     slip counts as a result. least_life: share of its life before which its slip says nothing.
-    step: of a class's correction per result, in units of the class's spread. memory: results over
-    which the pooled coverage is averaged; gain: how strongly its distance from the target moves
-    the miss rate asked of the classes, at most to most_misses.
+    step: of a class's correction per result, in units of the class's spread, which is least_unit
+    or more; downwards a unit is at least the share ``shrink`` of the correction itself, so that
+    bounds nobody misses halve in some thirty results. memory: verdicts of a class over which
+    its coverage is taken; gain: how strongly its distance from the target moves the miss rate asked
+    of the classes, at most to most_misses. nearer: the median replaces the play-out if its median
+    error was below this share of the play-out's, in both halves of the newest predictions.
     """
 
     target: float = 0.9
-    window: float = 200.0
-    near_size: float = 0.7
-    near_length: float = 1.4
-    start: float = 0.7
-    level: float = 0.9
-    slip_max: float = 0.8
-    settled: float = 0.45
+    window: float = 350.0
+    near_size: float = 0.5
+    near_length: float = 0.7
+    start: float = 1.0
+    level: float = 0.85
+    slip_max: float = 0.87
+    settled: float = 0.5
     least_life: float = 0.1
     step: float = 0.25
+    shrink: float = 0.2
     spread: float = 0.05
-    memory: float = 250.0
+    least_unit: float = 0.005
+    memory: float = 40.0
     gain: float = 4.0
     most_misses: float = 0.5
+    nearer: float = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +105,9 @@ class Calibrator:
         self._row: dict[Hashable, int] = {}
         self._correction = self.tuning.start * np.linspace(0.0, 1.0, CLASSES) ** 3
         self._spread = np.full(CLASSES, self.tuning.spread)
-        self._pooled = self.tuning.target
         self._kept = np.zeros(CLASSES, dtype=np.int64)
         self._results = np.zeros(CLASSES, dtype=np.int64)
-        self._plain_errors: list[float] = []
-        self._median_errors: list[float] = []
+        self._median_helps, self._ended = False, 0
 
     def issue(self, key: Hashable, now_s: float, finish_s: float, size: float) -> Bounds:
         """Bounds of a new job whose play-out ends at finish_s. A key is used once."""
@@ -147,15 +155,10 @@ class Calibrator:
         took = at_s - self._submit[row]
         self._believed[row] = took
         missed = bool(took > self._bound[row] * (1 + 1e-6))
-        if not self._counted[row] or (missed and not self._missed[row]):
-            self._result(row, missed, took / self._plain[row])
-        plain = self._plain[row]
-        for errors, guess in (
-            (self._plain_errors, plain),
-            (self._median_errors, plain * self._median[row]),
-        ):
-            errors.append(abs(took - guess) / guess)
-            del errors[:-400]
+        self._result(row, missed, took / self._plain[row])
+        self._ended += 1
+        if self._ended % COMPARED_EVERY == 0:
+            self._compare_medians()
 
     def coverage(self) -> list[dict[str, float]]:
         """Per size class, smallest first: results so far and the share that kept its bound."""
@@ -201,16 +204,26 @@ class Calibrator:
 
     def _bounds(self, plain: float, factor: float, median: float, size_class: int) -> Bounds:
         reach = max(1.0, factor * math.exp(float(self._correction[size_class])))
-        middle = plain * (median if self._median_helps() else 1.0)
+        middle = plain * (median if self._median_helps else 1.0)
         count = int(self._results[size_class])
         coverage = 100.0 * int(self._kept[size_class]) / count if count else math.nan
         return Bounds(plain, middle, max(plain * reach, middle), size_class, coverage)
 
-    def _median_helps(self) -> bool:
-        """The corrected median replaces the play-out only where it was clearly nearer lately."""
-        if len(self._plain_errors) < 50:
-            return False
-        return float(np.median(self._median_errors)) < 0.9 * float(np.median(self._plain_errors))
+    def _compare_medians(self) -> None:
+        """The corrected median replaces the play-out only where it was clearly nearer lately: for
+        the newest predictions with a verdict, by what is believed of them now. (The newest ends
+        are of jobs that came long ago, perhaps before a burst was over.)"""
+        count = len(self._keys)
+        newest = np.arange(max(0, count - COMPARED), count)
+        rows = newest[self._counted[newest]]
+        helps = len(rows) >= COMPARED // 4
+        for part in np.array_split(rows, 2) if helps else ():
+            believed, plain = self._believed[part], self._plain[part]
+            guess = plain * self._median[part]
+            ours = float(np.median(np.abs(believed - guess) / guess))
+            theirs = float(np.median(np.abs(believed - plain) / plain))
+            helps = helps and ours < self.tuning.nearer * theirs
+        self._median_helps = helps
 
     def _factors(self, now_s: float, plain: float, size: float) -> tuple[float, float, int]:
         """Local quantile and median of final over predicted length, and the size class."""
@@ -255,31 +268,50 @@ class Calibrator:
         final = np.maximum(1 / (1 - slip), believed / self._plain[rows])
         bound = self._bound[rows] * (1 + 1e-6)
         over = believed > bound
-        settled = over | (lived / believed > self.tuning.settled)
-        fresh = settled & ~self._counted[rows]
-        late = over & self._counted[rows] & ~self._missed[rows]
-        for at in np.nonzero(fresh | late)[0].tolist():
-            row = int(rows[at])
-            missed = bool(over[at]) or bool(final[at] * self._plain[row] > bound[at])
-            self._result(row, missed, float(final[at]))
+        missed = over | (final * self._plain[rows] > bound)
+        counted = self._counted[rows]
+        settled = over | counted | (lived / believed > self.tuning.settled)
+        changed = settled & ~(counted & (missed == self._missed[rows]))
+        for at in np.nonzero(changed)[0].tolist():
+            self._result(int(rows[at]), bool(missed[at]), float(final[at]))
 
     def _result(self, row: int, missed: bool, ratio: float) -> None:
-        """Learns whether a bound held; once more for one that was thought to."""
+        """Learns whether a bound held; where that was thought otherwise, unlearns it first."""
         tuning, size_class = self.tuning, int(self._class[row])
-        if self._counted[row]:  # was thought to keep its bound, and does not
-            self._kept[size_class] -= 1
+        correction = float(self._correction[size_class])
+        unit = max(float(self._spread[size_class]), tuning.least_unit)
+        if not missed:
+            unit = max(unit, tuning.shrink * correction)
+        if self._counted[row]:
+            if missed == bool(self._missed[row]):
+                return
+            self._kept[size_class] += -1 if missed else 1
+            correction += tuning.step * unit * (1 if missed else -1)
         else:
             self._results[size_class] += 1
             self._kept[size_class] += not missed
+            off = abs(math.log(max(ratio, 1e-3) / self._base[row]))
+            self._spread[size_class] += 0.03 * (off - self._spread[size_class])
+            correction += tuning.step * unit * (missed - self._misses_allowed())
         self._counted[row], self._missed[row] = True, missed
-        self._pooled += (float(not missed) - self._pooled) / tuning.memory
-        off = abs(math.log(max(ratio, 1e-3) / self._base[row]))
-        self._spread[size_class] += 0.03 * (off - self._spread[size_class])
-        allowed = (1 - tuning.target) + tuning.gain * (self._pooled - tuning.target)
-        allowed = min(max(allowed, 0.01), tuning.most_misses)
-        unit = max(float(self._spread[size_class]), 0.005)
-        moved = float(self._correction[size_class]) + tuning.step * unit * (missed - allowed)
-        self._correction[size_class] = min(max(moved, -1.0), 2.0)
+        self._correction[size_class] = min(max(correction, -1.0), 2.0)
+
+    def _misses_allowed(self) -> float:
+        """Share of misses a class may have, so that all together have theirs.
+
+        The coverage is the mean over the classes, which are fifths of the jobs, each by its newest
+        verdicts: those of small jobs come at once, and would outweigh the others'.
+        """
+        tuning, count = self.tuning, len(self._keys)
+        newest = slice(max(0, count - STRATIFIED), count)
+        counted, classes = self._counted[newest], self._class[newest]
+        kept = counted & ~self._missed[newest]
+        coverage = 0.0
+        for size_class in range(CLASSES):
+            rows = np.nonzero(counted & (classes == size_class))[0][-int(tuning.memory) :]
+            coverage += (float(kept[rows].sum()) + 4 * tuning.target) / (len(rows) + 4) / CLASSES
+        allowed = 1 - tuning.target + tuning.gain * (coverage - tuning.target)
+        return min(max(allowed, 0.01), tuning.most_misses)
 
     def _forget(self) -> None:
         for key in self._keys[:HELD]:

@@ -79,6 +79,32 @@ def test_calibrator_counts_hits_and_misses_per_class():
     assert bounds.coverage_percent > 60
 
 
+def test_a_verdict_is_taken_back_when_it_turns_out_otherwise():
+    calibrator = Calibrator()
+    bound = calibrator.issue("late", 0.0, 100.0, 50.0).p90_s
+    calibrator.review(50.0, {"late": 10 * bound})  # believed to miss
+    assert sum(row["kept_percent"] == 0 for row in calibrator.coverage()) == 1
+    calibrator.finished("late", 100.0)
+    assert sum(row["kept_percent"] == 100 for row in calibrator.coverage()) == 1
+    calibrator.issue("early", 100.0, 200.0, 50.0)
+    calibrator.review(180.0, {"early": 200.0})  # believed to be kept
+    calibrator.finished("early", 1e6)
+    assert sorted(row["results"] for row in calibrator.coverage())[-1] == 2
+    assert sum(row["kept_percent"] == 50 for row in calibrator.coverage()) == 1
+
+
+def test_bounds_that_nobody_misses_come_down():
+    calibrator = Calibrator()
+    widths = []
+    for step in range(1000):  # of five sizes, each as long as played out
+        size = 10.0 ** (1 + step % 5)
+        bounds = calibrator.issue(step, 1e6 * step, 1e6 * step + size, size)
+        widths.append(bounds.p90_s / bounds.plain_s)
+        calibrator.finished(step, 1e6 * step + size)
+    assert max(widths[:30]) > 1.5  # nothing was known of the largest
+    assert max(widths[900:]) < 1.02
+
+
 def test_misuse_is_refused():
     calibrator = Calibrator()
     calibrator.issue("a", 0.0, 1.0, 1.0)

@@ -256,6 +256,12 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                     if type(days) is not int or not 1 <= days <= MAX_SPEND_DAYS:
                         raise InputError("days", days, f"1 to {MAX_SPEND_DAYS}")
                     return await self._spend(api, days)
+                case "explain":
+                    wanted = _text(args, "id")
+                    document = await api.log.find_any(wanted)
+                    if document is None:
+                        raise InputError("id", wanted[:80], "a request this proxy remembers")
+                    return {"request": wanted, **document}
                 case "models":
                     return {"models": self._models(api)}
                 case "route":

@@ -165,9 +165,13 @@ class Ledger:
             return
         self._next.requests.append((request_id, key, wall_s, document.decode()))
 
-    async def find_request(self, request_id: str, key: str) -> list[str]:
-        """The log's document of a request of this key, newest first. Raises ApiError 503."""
-        sql = "SELECT document FROM requests WHERE id = ? AND key = ? ORDER BY number DESC LIMIT 1"
+    async def find_request(self, request_id: str, key: str | None) -> list[str]:
+        """The log's document of a request of this key (None: any), newest first. Raises ApiError
+        503."""
+        sql = (
+            "SELECT document FROM requests WHERE id = ?1 AND (?2 IS NULL OR key = ?2) "
+            "ORDER BY number DESC LIMIT 1"
+        )
         try:
             rows = await self._store.run(lambda store: store.read(sql, (request_id, key)))
         except StoreError as error:

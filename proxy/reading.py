@@ -52,6 +52,15 @@ class RequestLog:
         document: dict[str, Any] = orjson.loads(raw)
         return document
 
+    async def find_any(self, request_id: str) -> dict[str, Any] | None:
+        """A request of whatever key, for operators. Raises ApiError 503."""
+        found = self._recent.get(request_id)
+        if found is not None:
+            return await self.find(request_id, found[0])
+        rows = await self._ledger.find_request(request_id, None)
+        document: dict[str, Any] | None = orjson.loads(rows[0]) if rows else None
+        return document
+
     async def get(self, request_id: str, key_id: str, field: str) -> dict[str, Any]:
         """Raises ApiError 404 naming the field."""
         document = await self.find(request_id, key_id)

@@ -212,8 +212,13 @@ def explain(
     answers: list[str] = []
     code = ExitCode.UNREACHABLE
     for name in [role] if role else running_roles():
+        asked = _question(name, identifier)
+        if asked is None:
+            code = ExitCode.FAILED
+            continue
+        command, args = asked
         try:
-            answer = admin_client(name).call("explain", id=identifier)
+            answer = admin_client(name).call(command, **args)
         except AdminUnreachableError as error:
             answers.append(str(error))
         except AdminRefusedError as error:
@@ -226,6 +231,17 @@ def explain(
     if not answers and code is ExitCode.UNREACHABLE:
         fail("no daemon runs here", code)
     fail(f"nobody knows {identifier!r}" + "".join(f"; {line}" for line in answers), code)
+
+
+def _question(role: str, identifier: str) -> tuple[str, dict[str, Any]] | None:
+    """How a role is asked about an id; None where it cannot be one of its own."""
+    if role == "gpu":
+        number = identifier.removeprefix("job-").removeprefix("job/")
+        known = number.isdecimal() and len(number) < 19
+        return ("jobs.explain", {"job": int(number)}) if known else None
+    if role == "agent" and not identifier.isdecimal():
+        return None
+    return "explain", {"id": identifier}
 
 
 def print_story(answer: dict[str, Any]) -> None:

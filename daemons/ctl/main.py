@@ -41,6 +41,8 @@ TOP_LEVEL: Final = {
     "up": ("up", "down", "restart"),
     "status": ("status",),
     "daemon": ("check-config", "config", "reload", "dump", "explain"),
+    "doctor": ("doctor",),
+    "top": ("top",),
     "completion": ("completion",),
 }
 _MODULE_OF: Final = {name: module for module, names in TOP_LEVEL.items() for name in names}

@@ -107,6 +107,54 @@ def show(
         print(f"refused by {refusal['member']}: {refusal['reason']}")
 
 
+@app.command("diff")
+def diff(
+    first: Annotated[int, typer.Argument(min=1, help="Number of a policy.")],
+    second: Annotated[
+        int | None, typer.Argument(min=1, help="Number of another; the newest if left out.")
+    ] = None,
+    application: ApplicationOption = "flows",
+    as_json: JsonOption = False,
+) -> None:
+    """What one policy has otherwise than another, a setting a line."""
+    client = admin_client("controller")
+    one, other = (
+        client.call("policy_show", number=number, application=application)
+        for number in (first, second)
+    )
+    before, after = flat(one["body"]), flat(other["body"])
+    lines = [
+        {"setting": path, "was": before.get(path), "is": after.get(path)}
+        for path in before | after
+        if before.get(path) != after.get(path)
+    ]
+    if as_json:
+        numbers = {"first": one["number"], "second": other["number"]}
+        print_json({**numbers, "application": application, "differences": lines})
+        return
+    if not lines:
+        message(f"policies {one['number']} and {other['number']} of {application} are equal")
+        return
+    columns = ("setting", str(one["number"]), str(other["number"]))
+    print_table(columns, [(row["setting"], row["was"], row["is"]) for row in lines])
+
+
+def flat(body: Any, path: str = "") -> dict[str, Any]:
+    """A body's settings by their paths; entries of lists by domain or name, where they have one."""
+    if isinstance(body, dict):
+        rows = [(f"{path}.{key}" if path else key, value) for key, value in body.items()]
+    elif isinstance(body, list):
+        rows = [(f"{path}[{_called(item, at)}]", item) for at, item in enumerate(body)]
+    else:
+        return {path: body}
+    return {name: leaf for at, value in rows for name, leaf in flat(value, at).items()}
+
+
+def _called(item: Any, index: int) -> Any:
+    named = item if isinstance(item, dict) else {}
+    return named.get("domain", named.get("name", index))
+
+
 def show_prompts(plain: dict[str, Any]) -> None:
     """Thresholds with what was expected of them and what else was possible; the rest as it is."""
     body, inputs = plain["body"], plain["inputs"]

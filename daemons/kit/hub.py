@@ -71,6 +71,7 @@ class Member:
     acks: dict[str, PolicyAck] = field(default_factory=dict)
     last_refusal: str = ""
     curve_key: bytes = b""
+    clock_ahead_s: float | None = None  # of this host's, less the way the report took
     sent: dict[str, tuple[tuple[int, int], float]] = field(default_factory=dict)
 
     @property
@@ -97,6 +98,7 @@ class Member:
                 if not ack.applied
             },
             "last_refusal": self.last_refusal,
+            "clock_ahead_s": self.clock_ahead_s,
         }
 
 
@@ -419,6 +421,9 @@ class HubLink:
             self._kit.metrics.link_dropped.labels("repeated").inc()
             return
         member.sequence = report.sequence
+        wall_s = report.body.pop("wall_s", None)
+        if type(wall_s) is float:
+            member.clock_ahead_s = wall_s - self._kit.clock.wall()
         self._on_report(member, report)
         self._send_policies(member)
 

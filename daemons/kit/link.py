@@ -407,7 +407,8 @@ class MemberLink:
 
     def _say_report(self) -> None:
         self._sequence += 1
-        self._send(Report(self._kit.boot, self._sequence, self.policies(), self._collect_report()))
+        body = {**self._collect_report(), "wall_s": self._kit.clock.wall()}
+        self._send(Report(self._kit.boot, self._sequence, self.policies(), body))
 
     def _received(self, line: Line, parts: list[bytes]) -> None:
         try:

@@ -229,9 +229,10 @@ class SharedLedger:
             return
         self._next.requests.append((request_id, key, wall_s, document.decode()))
 
-    async def find_request(self, request_id: str, key: str) -> list[str]:
+    async def find_request(self, request_id: str, key: str | None) -> list[str]:
         sql = (
-            "SELECT document FROM requests WHERE id = $1 AND key = $2 ORDER BY number DESC LIMIT 1"
+            "SELECT document FROM requests WHERE id = $1 AND ($2::text IS NULL OR key = $2) "
+            "ORDER BY number DESC LIMIT 1"
         )
         try:
             rows = await self._database.read(sql, request_id, key)

@@ -118,7 +118,7 @@ class Books(Protocol):
     def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
         """Put a finished request into the log, soon."""
 
-    async def find_request(self, request_id: str, key: str) -> list[str]:
+    async def find_request(self, request_id: str, key: str | None) -> list[str]:
         """The newest document of this key's request, or none. Raises ApiError 503."""
 
     async def spend(self, days: int) -> list[dict[str, Any]]:

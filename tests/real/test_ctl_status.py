@@ -77,6 +77,31 @@ def test_what_is_not_well_is_named_and_the_exit_status_says_it(environ: dict[str
     flows.close()
 
 
+def test_the_doctor_names_the_device_and_top_shows_the_agent(environ: dict[str, str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("not root: without CAP_NET_ADMIN no device is looked for")
+
+    def ctl(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*CTL, *words], env=environ, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    run = ctl("doctor", "--json")
+    assert run.returncode == 4, run.stderr
+    wrong = {row["check"]: row["evidence"] for row in json.loads(run.stdout)["checks"]
+             if row["holds"] is not True}  # fmt: skip
+    assert set(wrong) >= {"ready", "qdisc"}
+    assert "nosuch0" in wrong["qdisc"]
+    assert set(wrong) <= {"ready", "qdisc", "link"}
+    run = ctl("top", "--json")
+    (row,) = json.loads(run.stdout)["rows"]
+    assert (row["role"], row["doing"]) == ("agent", "0 flows send, 0 wait")
+    run = ctl("top", "--iterations", "2", "--interval", "0.1")
+    assert (run.returncode, run.stdout.count("0 flows send")) == (4, 2)
+    run = ctl("explain", "no-such-thing")
+    assert (run.returncode, run.stdout) == (1, "")
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_status_is_shown_again_until_interrupted(environ: dict[str, str], as_json: bool) -> None:
     command = [*CTL, "status", "--watch", "--interval", "0.1", *(["--json"] if as_json else [])]

@@ -140,6 +140,34 @@ async def test_packets_land_in_the_class_of_their_mark(
     assert await sent(shaper.priority_of(1), 46) == {0x10: 0, 0x11: 50}
 
 
+async def test_drift_is_told_without_repairing_it(node: netns.Namespace, host_in: Opener) -> None:
+    shaper = host_in(node).shaper("eth0")
+    assert await shaper.differences() == []
+    await shaper.apply(policy(0.7, 0.3))
+    assert await shaper.differences() == []
+    node.tc(
+        *[
+            "class",
+            "change",
+            "dev",
+            "eth0",
+            "parent",
+            "2d17:1",
+            "classid",
+            "2d17:11",
+            "htb",
+            "rate",
+            "1mbit",
+        ]
+    )
+    (wrong,) = await shaper.differences()
+    assert "2d17:11" in wrong
+    assert "rate 1Mbit" in classes(node)["2d17:11"]
+    node.tc(*["qdisc", "replace", "dev", "eth0", "root", "handle", "7:", "pfifo"])
+    (wrong,) = await shaper.differences()
+    assert wrong == "eth0 has a root qdisc pfifo that is not the agent's"
+
+
 async def test_drift_is_repaired_and_a_missing_device_comes_back(
     node: netns.Namespace, net: netns.Topology, host_in: Opener
 ) -> None:

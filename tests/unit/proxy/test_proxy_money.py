@@ -21,6 +21,7 @@ from intentd.daemons.kit.store import Store, StoreError
 from intentd.proxy.errors import ApiError
 from intentd.proxy.keys import PREFIX
 from intentd.proxy.ledger import Ledger
+from intentd.proxy.proof import prove_books, since
 from intentd.proxy.store.base import Purpose, Sums
 from intentd.proxy.store.sqlite import MIGRATIONS
 
@@ -279,6 +280,37 @@ async def test_the_request_log_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     assert await ledger.find_request("r0", "k") == []
     assert await ledger.find_request("r29", "k") == ['{"n": 29}']
     assert await ledger.find_request("r29", "other") == []
+    assert await ledger.find_request("r29", None) == ['{"n": 29}']
+
+
+async def test_books_that_are_not_what_receipts_say_are_told(tmp_path: Path) -> None:
+    books = Books(tmp_path / "x.sqlite")
+    rule = BudgetRule("key:k", "nano_dollars", 1000, "total")
+    async with Tasks() as tasks:
+        ledger = books.open()
+        tasks.create_task(ledger.run())
+        await ledger.reserve("open", [rule], {"nano_dollars": 30}, PURPOSE)
+        ledger.book(PURPOSE, Sums(1, 0, 1, 1, 70, 0))
+        receipt = json.dumps({"cost_nano": 70}).encode()
+        ledger.log_request("r1", "k", books.clock.wall(), receipt)
+        await ledger.flush()
+
+        async def wrong() -> list[str]:
+            claims = await prove_books(ledger._store, *since(books.clock.wall()))
+            assert {claim.check for claim in claims} == {"ledger-reserved", "ledger-receipts"}
+            return [f"{claim.check}: {claim.evidence}" for claim in claims if not claim.holds]
+
+        assert await wrong() == []
+        with ledger._store.transaction() as db:
+            db.execute("UPDATE spend SET cost_nano = 60")
+        (said,) = await wrong()
+        assert said.startswith("ledger-receipts: 70 nano-dollars on 1 receipts, 60 booked")
+        with ledger._store.transaction() as db:
+            db.execute("UPDATE spend SET cost_nano = 70")
+            db.execute("DELETE FROM reservations")
+        (said,) = await wrong()
+        assert "30 reserved, 0 in open reservations" in said
+        tasks.cancel_all()
 
 
 async def test_failed_writes_lose_no_spend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from aiohttp import StreamReader, web
 from intentd.daemons.kit.held import Held
 
 POLL_S: Final = 0.01
+HALF_OPEN_S: Final = 1.0
 
 
 class Connection(web.RequestHandler):
@@ -61,6 +62,13 @@ class Connection(web.RequestHandler):
             and not transport.get_write_buffer_size()
         )
 
+    def busy(self) -> bool:
+        """A request is worked on, or its answer has still to leave."""
+        transport = self.transport
+        return transport is not None and (
+            self._waiter is None or bool(self._messages) or transport.get_write_buffer_size() > 0
+        )
+
     def detach(self) -> int:
         """A duplicate of the socket's descriptor; ``let_go`` closes ours."""
         assert self.transport is not None, "the connection is closed"
@@ -79,8 +87,12 @@ class Server(web.Server):
         return Connection(self, loop=self._loop, **self._kwargs)
 
     async def hand_over(self, held: Held, name: str) -> int:
-        """Give every connection to the manager once it is idle; how many it took."""
+        """Give every connection to the manager once it is idle; how many it took.
+
+        Those that have begun a request's head and do not go on are not waited for.
+        """
         handed = 0
+        half_open_since = asyncio.get_running_loop().time()
         while True:
             for connection in self._handed_on():
                 connection.hush()
@@ -96,6 +108,11 @@ class Server(web.Server):
                     for one in idle:
                         one.let_go()
             if not self.connections:
+                return handed
+            now = asyncio.get_running_loop().time()
+            if any(one.busy() for one in self._handed_on()):
+                half_open_since = now
+            elif now - half_open_since > HALF_OPEN_S:
                 return handed
             await asyncio.sleep(POLL_S)
 

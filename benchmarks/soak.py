@@ -84,7 +84,7 @@ class Soak(Campaign):
     async def _play(self) -> None:
         began, next_s = time.monotonic(), time.monotonic()
         told = 0
-        while (now := time.monotonic()) < began + 60 * self.minutes:
+        while (now := time.monotonic()) < began + 60 * self.minutes and not self.interrupted:
             for member in self.world.members:
                 with contextlib.suppress(OSError):
                     found = Sample(member.pid, now - began)
@@ -150,7 +150,7 @@ def main() -> int:
         Options(given.seed, (), (), out / "logs", talkers=2, streamers=1), given.minutes, given.warm
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        report = runner.run(ended_in_order(soak.run()))
+        report = runner.run(ended_in_order(soak.run(), soak.enough))
     daemons = soak.result()
     result = {
         "minutes": given.minutes,

@@ -75,7 +75,7 @@ def main() -> int:
     )
     campaign = Campaign(options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        report = runner.run(ended_in_order(campaign.run()))
+        report = runner.run(ended_in_order(campaign.run(), campaign.enough))
     write(report, out)
     print(json.dumps(report) if given.json else (out / "report.md").read_text())
     print(f"report and logs: {out}", file=sys.stderr)

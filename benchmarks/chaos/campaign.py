@@ -77,11 +77,16 @@ class Campaign:
     policies: dict[tuple[str, int, int], tuple[Any, ...]] = field(default_factory=dict)
     faults_wrong: list[str] = field(default_factory=list)
     operated: int = 0
+    interrupted: bool = False
     _last: int = -1
     _seen: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.world = World(self.options.logs, self.options.seed, ray=self.options.ray)
+
+    def enough(self) -> None:
+        """No further fault: come to the end and judge."""
+        self.interrupted = True
 
     async def run(self) -> dict[str, Any]:
         """The whole of it; the report, as plain data."""
@@ -142,6 +147,8 @@ class Campaign:
         ]
         index, began = 0, time.monotonic()
         while index < len(drawn):
+            if self.interrupted:
+                return
             if self.options.minutes and time.monotonic() - began > 60 * self.options.minutes:
                 say(f"{self.options.minutes:g} minutes are over")
                 return
@@ -333,6 +340,7 @@ class Campaign:
                 found = [f"cannot be judged: {error}"]
             for text in found:
                 self._violated(what, text)
+        (self.options.logs / "users.log").write_text("\n".join(self.users.errors) + "\n")
         await self.world.stop()
         for name, found_qdisc in self.world.found_qdiscs.items():
             left = await asyncio.to_thread(self.world.qdiscs, name)

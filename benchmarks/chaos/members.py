@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -216,11 +216,21 @@ class Patience:
                 self.lost_s += gap_s
 
 
-async def ended_in_order(work: Coroutine[Any, Any, T]) -> T:
-    """SIGTERM undoes as SIGINT does: nothing stays behind."""
-    task = asyncio.current_task()
+async def ended_in_order(work: Coroutine[Any, Any, T], enough: Callable[[], None]) -> T:
+    """A first SIGTERM or SIGINT says that it is enough, a second cancels; nothing stays behind."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    asked = False
+
+    def signalled() -> None:
+        nonlocal asked
+        if asked:
+            task.cancel()
+        asked = True
+        enough()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
     return await work
 
 

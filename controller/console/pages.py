@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +25,8 @@ MAX_MEMBERS: Final = 500
 MAX_DIFF_LINES: Final = 400
 MAX_ASKED: Final = 8  # members asked for one page
 JOB_ROWS: Final = 60
+FRESH_S: Final = 1.0
+MAX_KNOWN: Final = 64
 STATES: Final = ("unfinished", "finished", "failed", "cancelled")
 
 Shown = tuple[str, dict[str, Any]]
@@ -33,6 +37,7 @@ class Pages:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+        self._known: dict[str, tuple[float, list[dict[str, Any]]]] = {}
 
     def news(self) -> dict[str, Any]:
         """What an open page is told: enough to say whether something is amiss."""
@@ -136,7 +141,15 @@ class Pages:
     async def _ask(
         self, role: str, subject: str, body: dict[str, Any], timeout_s: float = 5.0
     ) -> list[dict[str, Any]]:
-        """Of each connected member of a role: its name, and its answer or why there is none."""
+        """Of each connected member of a role: its name, and its answer or why there is none.
+
+        Pages that many look at ask once in FRESH_S.
+        """
+        clock = self._controller.kit.clock
+        key = json.dumps([role, subject, body], sort_keys=True, default=str)
+        at_s, known = self._known.get(key, (-math.inf, []))
+        if clock.now() - at_s < FRESH_S:
+            return known
         members = [m for m in self._controller.hub.members(role) if m.connected][:MAX_ASKED]
 
         async def one(member: Member) -> dict[str, Any]:
@@ -149,7 +162,11 @@ class Pages:
                 row["error"] = str(error)
             return row
 
-        return list(await asyncio.gather(*(one(member) for member in members)))
+        rows = list(await asyncio.gather(*(one(member) for member in members)))
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        self._known[key] = clock.now(), rows
+        return rows
 
     async def policies(self, request: web.Request) -> Shown:
         name = _application(request.query.get("application", "flows"))

@@ -28,7 +28,9 @@
     if (busy || document.hidden) return;
     busy = true;
     try {
-      const answer = await fetch(location.href, { credentials: "same-origin", redirect: "error" });
+      const page = new URL(location.href);
+      page.searchParams.delete("point"); // a preview is computed when asked for, not again and again
+      const answer = await fetch(page, { credentials: "same-origin", redirect: "error" });
       if (!answer.ok) return;
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const old of document.querySelectorAll("[data-live]")) {

@@ -101,12 +101,25 @@ class Show:
             model=model,
             messages=[{"role": "user", "content": text}],
             temperature=0,
+            max_tokens=ANSWER_TOKENS,
             extra_body=fields or None,
         )
         told = answer.model_dump()["intentd"]
         self.last = told["request_id"]
         took_s = time.monotonic() - began
         self._print(title, answer.choices[0].message.content or "", told, took_s)
+
+    def put(self, prompt: str, response: str) -> None:
+        """Into the cache, as an application does. (Answers cut off by their bound are not kept,
+        and those of this demo are.)"""
+        body = {"object": {"prompt": prompt, "response": response}, "keys": [["prompt", prompt]]}
+        request = urllib.request.Request(
+            f"{self.url}/v1/cache",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+            method="PUT",
+        )
+        urllib.request.urlopen(request, timeout=PATIENCE_S).close()
 
     def regenerate(self, title: str) -> None:
         request = urllib.request.Request(
@@ -142,8 +155,10 @@ def show(url: str) -> None:
     demo.ask("... its context sent only if needed", "smart_context", "What is two and two?",
              intentd={"conversation": "c"})  # fmt: skip
     demo.ask("latency: short, at once", "latency")
-    demo.ask("smart_cache, first time", "smart_cache", "How do tides come about?")
-    demo.ask("smart_cache, asked again: from the cache", "smart_cache", "How do tides come about?")
+    tides = "How do tides come about?"
+    demo.ask("smart_cache: what is not stored is asked", "smart_cache", tides)
+    demo.put(tides, "The Moon and the Sun pull at the oceans while the Earth turns below.")
+    demo.ask("smart_cache, after it was put there: from the cache", "smart_cache", tides)
     demo.ask("cost, to be regenerated", "cost", "What is rain?")
     demo.regenerate("regenerate: never by a cheaper model")
 

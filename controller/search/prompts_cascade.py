@@ -123,13 +123,8 @@ def cheapest_threshold(doubt: Array, replay: Replay, max_loss: float) -> float:
     return 1.0 if place == len(doubt) - 1 else float(doubt[order[place + 1]])
 
 
-def fit_cascade(
-    replay: Replay, *, max_loss: float, seed: int = 0
-) -> tuple[TrainedCascade, dict[str, Any]]:
-    """The agreement model of all rows; its threshold from rows the folds' models have not seen.
-
-    Also what the threshold did on those rows. Raises InputError for fewer rows than folds.
-    """
+def held_doubts(replay: Replay, seed: int) -> Array:
+    """Each row's doubt by a model of the other folds. Raises InputError for too few rows."""
     count = len(replay.quality_first)
     if count < 2 * FOLDS:
         raise InputError("--train", count, f"at least {2 * FOLDS} prompts all models answered")
@@ -138,6 +133,17 @@ def fit_cascade(
     for fold in range(FOLDS):
         own = folds == fold
         doubt[own] = doubts(fit_agreement(replay.part(~own)), replay.part(own))
+    return doubt
+
+
+def fit_cascade(
+    replay: Replay, *, max_loss: float, seed: int = 0
+) -> tuple[TrainedCascade, dict[str, Any]]:
+    """The agreement model of all rows; its threshold from rows the folds' models have not seen.
+
+    Also what the threshold did on those rows. Raises InputError for fewer rows than folds.
+    """
+    doubt = held_doubts(replay, seed)
     threshold = cheapest_threshold(doubt, replay, max_loss)
     chosen = score_cascade(doubt >= threshold, replay, seed=seed)
     kept = {key: chosen[key] for key in ("n", "loss", "cost_share", "escalated")}
@@ -181,6 +187,48 @@ def choose_compared(
         raise InputError("candidates", tuple(candidates), "models with recorded costs")
     _, compared, model, chosen = best
     return compared, replace(model, first=first, compared=compared, second=second), chosen
+
+
+def choose_within_cost(
+    rows: Sequence[Mapping[str, Any]],
+    first: str,
+    candidates: Sequence[str],
+    second: str,
+    *,
+    most: int = 2,
+    max_cost_share: float,
+    seed: int = 0,
+) -> tuple[tuple[str, ...], TrainedCascade, dict[str, Any]]:
+    """As `choose_compared`, the other way about: the least loss within a share of the dear model's
+    cost, by folds of rows. Raises InputError when every cascade costs more."""
+    best: tuple[float, tuple[str, ...], float, Replay, Array] | None = None
+    for size in range(1, most + 1):
+        for compared in itertools.combinations(candidates, size):
+            replay = replay_of(rows, first, compared, second)
+            doubt = held_doubts(replay, seed)
+            order = np.argsort(doubt, kind="stable")
+            # the first k of this order keep the cheap answer
+            gain = (replay.quality_second - replay.quality_first)[order]
+            loss = np.concatenate([[0.0], np.cumsum(gain)]) / len(gain)
+            dear = float(replay.cost_second.sum())
+            kept = np.concatenate([[0.0], np.cumsum(replay.cost_second[order])])
+            share = (float(replay.cost_first.sum()) + dear - kept) / dear if dear else kept
+            # equal doubts go the same way
+            apart = np.concatenate([[True], np.diff(doubt[order]) > 0, [True]])
+            fits = np.flatnonzero((share <= max_cost_share) & apart)
+            if len(fits) == 0:
+                continue
+            place = int(fits[np.argmin(loss[fits])])
+            if best is None or loss[place] < best[0]:
+                threshold = float(doubt[order[place]]) if place < len(order) else 1.0
+                best = (float(loss[place]), compared, threshold, replay, doubt)
+    if best is None:
+        raise InputError("max_cost_share", max_cost_share, "a share that some cascade can keep")
+    _, compared, threshold, replay, doubt = best
+    chosen = score_cascade(doubt >= threshold, replay, seed=seed)
+    told = {key: chosen[key] for key in ("n", "loss", "cost_share", "escalated")}
+    model = TrainedCascade(fit_agreement(replay), threshold, first, compared, second)
+    return compared, model, {"folds": FOLDS, "max_cost_share": max_cost_share, **told}
 
 
 def pooled_loss(

@@ -199,5 +199,8 @@ soak: $(STAMP) system kernel  ## memory of every daemon over half an hour (MINUT
 	@mkdir -p results
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --out results/soak --json > results/soak.json
 
+man: $(or $(wildcard $(STAMP)),$(SUITE))  ## manual pages into build/man
+	$(BIN)/python packaging/man.py build/man
+
 clean:  ## remove what builds and runs left behind
 	rm -rf $(VENV) $(SDK) $(LITELLM) $(SCHEMATHESIS) $(TOOLS) build dist results *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -78,6 +78,7 @@ class Controller(Daemon[ControllerConfig]):
         self.hub = self._make_hub()
         self._store: Storage | None = None
         self._claim: int | None = None
+        self._made_s = kit.clock.now()
         self._leadership: Leadership | None = None
         self._turns: asyncio.Task[None] | None = None
         self._flows: FlowsApplication | None = None
@@ -266,6 +267,8 @@ class Controller(Daemon[ControllerConfig]):
             return self._leadership.summary()
         return {
             "state": "leading" if self._store is not None else "away",
+            "since_s": round(self.kit.clock.now() - self._made_s, 3),
+            "reason": "",
             "store": "sqlite",
             "leader": {"name": self.config.name, "host": self.config.host},
             "others": [],

@@ -57,7 +57,7 @@ def code_of(document: dict[str, Any]) -> ExitCode:
 
 def _leads(status: dict[str, Any]) -> bool | None:
     """Whether a controller leads, or stands by; None for other daemons."""
-    leadership = status["detail"].get("leadership")
+    leadership = status.get("detail", {}).get("leadership")
     return None if leadership is None else leadership["state"] == "leading"
 
 

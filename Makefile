@@ -95,7 +95,7 @@ $(SMALL_STAMP): requirements-small-model.txt
 
 small-model: $(SMALL_STAMP)  ## the environment of examples/small_model
 
-demo-prompts: $(STAMP) $(SDK_STAMP) $(SMALL_STAMP)  ## the proxy's service types on a real small model, by the openai client
+demo-prompts: $(STAMP) $(SDK)/.installed $(SMALL_STAMP)  ## the proxy's service types on a real small model, by the openai client
 	$(SDK)/bin/python examples/demo_prompts.py --suite-python $(abspath $(BIN)/python) --model-python $(abspath $(SMALL)/bin/python)
 
 test: $(STAMP) system test-unit test-real  ## all tests

@@ -12,6 +12,7 @@ import pytest
 from tests.real.console.console_suite import HOSTILE, TOKENS, Suite, until
 
 from intentd.controller.console.live import MAX_LISTENERS
+from intentd.daemons.kit.admin import AdminRefusedError
 
 pytestmark = pytest.mark.real
 
@@ -206,6 +207,24 @@ def test_the_playground_asks_and_regenerates(suite: Suite, sessions: dict[str, B
     rows = suite.admin("controller").call("audit", limit=20)["entries"]
     assert {row["action"] for row in rows} >= {"prompts.ask", "prompts.regenerate"}
     assert HOSTILE not in json.dumps([row["about"] for row in rows])
+
+
+def test_a_made_token_opens_and_a_revoked_one_ends_the_session(suite: Suite) -> None:
+    admin = suite.admin("controller")
+    made = admin.call("tokens.new", name="ann", role="read")
+    kept = (suite.where / "controller" / "tokens.json").read_text()
+    assert made["secret"] not in kept
+    browser = Browser(suite)
+    assert browser.post("login", token=made["secret"])[0] == 303
+    assert "ann (read)" in browser.get("")[1]
+    with pytest.raises(AdminRefusedError, match="expected a name that no token has"):
+        admin.call("tokens.new", name="ann", role="admin")
+    admin.call("tokens.revoke", name="ann")
+    assert "ann (read)" not in browser.get("")[1]
+    rows = admin.call("audit", limit=20)["entries"]
+    told = {(row["action"], row["about"], row["via"]) for row in rows}
+    assert {("tokens.new", "ann", "admin"), ("tokens.revoke", "ann", "admin")} <= told
+    assert made["secret"] not in json.dumps([rows, admin.call("status"), admin.call("tokens")])
 
 
 def test_listeners_are_bounded(suite: Suite) -> None:

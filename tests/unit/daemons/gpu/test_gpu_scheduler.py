@@ -101,8 +101,13 @@ async def test_an_end_and_what_is_decided_on_it_are_stored_together(tmp_path: Pa
     running = asyncio.ensure_future(scheduler.run())
     for _ in range(2):
         await scheduler.submit([spec_from_plain({"command": ["true"], "size_gpu_s": 5})])
+
+    def settled() -> bool:  # the second may be stored as pending after the first was started
+        stored = [job.state.value for job in store.unfinished()]
+        return recorder.starts == [1] and stored == ["starting", "pending"]
+
     async with asyncio.timeout(20), scheduler.changed:
-        await scheduler.changed.wait_for(lambda: recorder.starts == [1])
+        await scheduler.changed.wait_for(settled)
     store.full = True
     scheduler.exited(1, 1, 0, "")
     assert await asyncio.to_thread(store.refused.wait, 20)

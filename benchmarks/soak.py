@@ -82,6 +82,8 @@ class Soak(Campaign):
         self.samples: dict[str, list[Sample]] = {}
 
     async def _play(self) -> None:
+        for jobs in self.jobs:
+            jobs.forgotten = True
         began, next_s = time.monotonic(), time.monotonic()
         told = 0
         while (now := time.monotonic()) < began + 60 * self.minutes and not self.interrupted:

@@ -21,7 +21,11 @@ SOURCE: Final = str(Path(intentd.__file__).resolve().parents[1])
 
 @dataclass(eq=False)
 class Jobs:
-    """Submits to one scheduler daemon and remembers what it was promised."""
+    """Submits to one scheduler daemon and remembers what it was promised.
+
+    forgotten: the daemon is set to forget jobs that are over; their own notes say what became of
+    them.
+    """
 
     member: Member
     work: Path
@@ -33,6 +37,7 @@ class Jobs:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     lost_runs: int = 0
     failed: int = 0
+    forgotten: bool = False
 
     async def run(self) -> None:
         """Keeps a few unfinished jobs there, until it is over."""
@@ -97,7 +102,9 @@ class Jobs:
         wrong = []
         for number, name in self.accepted.items():
             row = by_number.get(number)
-            if row is None:
+            if row is None and self.forgotten:
+                wrong += self._runs(name)
+            elif row is None:
                 wrong.append(f"{name}: job {number} was accepted and is gone")
             elif row["state"] == "failed" and number in crashed:
                 self.failed += 1

@@ -95,6 +95,7 @@ async def test_a_relayed_link_is_frozen_and_cut() -> None:
 
 
 @pytest.mark.netns
+@pytest.mark.timeout(400)  # seven daemons start; on a crowded machine that takes minutes
 @pytest.mark.skipif(
     bool(netns.unavailable() or why_not()), reason=netns.unavailable() or why_not() or "all there"
 )

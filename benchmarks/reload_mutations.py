@@ -9,7 +9,9 @@ Each is reloaded, by ``reload`` of the admin socket or by SIGHUP, and then
 - taken means: the running configuration equals the file, and the agent's domains, the proxy's
   models and the controller's domains are those of the file; refused means: all is as before;
 - a configuration that the file's own validation refuses is never taken;
-- no daemon has ended, no request or flow has failed, and in the end each daemon's ready.
+- no daemon has ended, no request or flow has failed, and in the end each daemon is ready. While a
+  file is taken that does not serve the load (without its model, or with keys required), an answer
+  that says just that is counted apart.
 """
 
 from __future__ import annotations
@@ -270,6 +272,10 @@ class Site:
         self.failures: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.over = False
+        # Whether the proxy may run a file that does not serve the load: without its model, or
+        # with keys required. Then a refusal that says so is the right answer.
+        self.unserving = False
+        self.unserving_until_s = 0.0
 
     async def start(self) -> None:
         for role in ROLES:
@@ -280,11 +286,17 @@ class Site:
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream}
         async with aiohttp.ClientSession() as session:
             while not self.over:
+                began_s = time.monotonic()
                 try:
                     async with session.post(url, json=body) as answer:
                         data = await answer.read()
                         done = b"[DONE]" in data if stream else answer.status == 200
-                        self._count("stream" if stream else "request", done, data[:200])
+                        said = b"model_not_found" in data or b"missing_api_key" in data
+                        unserved = self.unserving or began_s <= self.unserving_until_s
+                        if not done and said and unserved:
+                            self.served["refused as configured"] += 1
+                        else:
+                            self._count("stream" if stream else "request", done, data[:200])
                 except (aiohttp.ClientError, OSError) as error:
                     self._count("request", False, repr(error))
                 await asyncio.sleep(0.02)
@@ -355,6 +367,8 @@ class Campaign:
             self.counts["validation raised"] += 1
             self.lies.append({"role": role, "kind": kind, "validation": repr(error)[:200]})
             wanted = None
+        if role == "proxy" and wanted is not None and not _serves(wanted):
+            self.site.unserving = True
         taken, reason = await (self._hang_up(role) if by_signal else self._ask(role))
         self.counts[f"{kind}: {'taken' if taken else 'refused'}"] += 1
         if taken is not None and not taken:
@@ -371,6 +385,8 @@ class Campaign:
                  "inside": inside, "file": source[:2000].decode(errors="replace")}
             )  # fmt: skip
         self.running[role] = now
+        if role == "proxy" and self.site.unserving and _serves(now):
+            self.site.unserving, self.site.unserving_until_s = False, time.monotonic()
 
     async def _ask(self, role: str) -> tuple[bool, str]:
         try:
@@ -414,6 +430,12 @@ class Campaign:
 
     async def _config(self, role: str) -> Any:
         return json.loads(json.dumps(await self.site.services[role].admin.acall("config")))
+
+
+def _serves(config: Any) -> bool:
+    """Whether the proxy's configuration answers what the load asks."""
+    names = [model["name"] for model in config["models"]]
+    return "m" in names and not config["keys"]["required"]
 
 
 def _canonical(config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, ClassVar, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, model_validator
 
@@ -161,11 +161,16 @@ class ModelSection(Section):
     def _check(self) -> ModelSection:
         if not _NAME.match(self.name):
             raise ConfigError("name", self.name, "letters, digits and ._:/+-, at most 128")
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError:  # such as brackets that are no IPv6 address
+            raise ConfigError(
+                "base_url", "(hidden)", "http://HOST/... or https://HOST/..."
+            ) from None
         if self.params and self.provider != "litellm":
             raise ConfigError("params", "(hidden)", "nothing without provider = litellm")
         optional = self.provider == "litellm" and not self.base_url
-        if not optional and (parts.scheme not in ("http", "https") or not parts.hostname):
+        if not optional and (parts.scheme not in ("http", "https") or not _has_place(parts)):
             raise ConfigError("base_url", self.base_url, "http://HOST/... or https://HOST/...")
         if parts.username or parts.query or parts.fragment:
             raise ConfigError("base_url", "(hidden)", "no credentials, query or fragment")
@@ -197,6 +202,14 @@ class ModelSection(Section):
         """Every price it ever had here, oldest first."""
         first = read_price(self.price_in, self.price_out, self.price_cached_in)
         return (first, *(later.price() for later in self.prices))
+
+
+def _has_place(parts: SplitResult) -> bool:
+    """Whether host and port of a URL can be meant; reading a port may raise."""
+    try:
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def read_price(price_in: str, price_out: str, price_cached_in: str, since: str = "") -> Price:

@@ -140,6 +140,8 @@ async def test_random_bytes_on_the_socket(site: Any) -> None:
     [
         ({"models": [{"name": "a b", "base_url": "http://x/v1"}]}, "models[0].name"),
         ({"models": [{"name": "a", "base_url": "ftp://x"}]}, "models[0].base_url"),
+        ({"models": [{"name": "a", "base_url": "http://x:80}v1"}]}, "models[0].base_url"),
+        ({"models": [{"name": "a", "base_url": "http://[x/v1"}]}, "models[0].base_url"),
         ({"models": [{"name": "a", "base_url": "http://u:p@x/"}]}, "models[0].base_url"),
         ({"models": [{"name": "a", "base_url": "http://x", "price_in": "-1"}]},
          "models[0].price_in"),

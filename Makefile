@@ -19,9 +19,13 @@ PIP_INSTALL := $(BIN)/pip install --quiet --progress-bar off --disable-pip-versi
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
+# LOCKED=1 installs the suite at the locked versions, every file's hash checked.
+LOCKED ?=
 $(SUITE): setup.cfg pyproject.toml | $(BIN)/pip
 	@echo "installing what the suite needs into $(VENV)" >&2
-	$(PIP_INSTALL) --editable '.[suite]'
+	$(if $(LOCKED),$(PYTHON) packaging/locks.py export suite > $(VENV)/suite.txt)
+	$(if $(LOCKED),$(PIP_INSTALL) --no-deps --require-hashes --requirement $(VENV)/suite.txt)
+	$(PIP_INSTALL) $(if $(LOCKED),--no-deps --editable .,--editable '.[suite]')
 	touch $@
 
 $(STAMP): setup.cfg pyproject.toml requirements-models.txt | $(BIN)/pip
@@ -177,7 +181,7 @@ $(TOOLS_STAMP): packaging/locks/tools.txt packaging/locks/hashes.txt packaging/l
 	$(TOOLS)/bin/pip install --quiet --progress-bar off --disable-pip-version-check --no-compile --require-hashes --requirement $(TOOLS)/tools.txt
 	touch $@
 
-.PHONY: dist deb test-deb locks
+.PHONY: dist deb test-deb sbom test-alerts locks
 dist: $(TOOLS_STAMP) vendor-console  ## sdist and wheel in dist/
 	$(TOOLS)/bin/python -m build --outdir dist .
 
@@ -186,6 +190,14 @@ deb: $(TOOLS_STAMP) vendor-console  ## the Debian package in dist/ (DEB_VERSION=
 
 test-deb: deb  ## the package in a minimal Debian: install, run, upgrade, remove, purge (as root)
 	packaging/test-deb $$(ls -t dist/intentd_*.deb | head -1)
+
+sbom: $(STAMP) $(TOOLS_STAMP)  ## what is installed in $(VENV), as CycloneDX, in dist/
+	@mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file dist/sbom.cdx.json $(BIN)/python
+
+test-alerts:  ## Prometheus's own tests of dashboards/alerts.yml (promtool, Debian package prometheus)
+	promtool check rules dashboards/alerts.yml
+	promtool test rules dashboards/alerts_test.yml
 
 locks: | $(TOOLS_STAMP)  ## exact versions and hashes of every extra anew (packaging/locks)
 	UV=$(abspath $(TOOLS)/bin/uv) $(PYTHON) packaging/locks.py update

@@ -30,7 +30,12 @@ from intentd.core.flows.turn.domain import DomainGate, message_domain
 from intentd.core.flows.turn.member import Broadcast
 from intentd.daemons.kit.config import split_address
 from intentd.daemons.kit.handshake import HandshakeWatch
-from intentd.daemons.kit.keys import CurveKeys, read_curve_keys, read_curve_public, read_fin_key
+from intentd.daemons.kit.keys import (
+    CurveKeys,
+    read_curve_keys,
+    read_curve_publics,
+    read_fin_keys,
+)
 from intentd.daemons.kit.zap import secure_client
 from intentd.daemons.kit.zmqfd import ZmqStream
 
@@ -42,6 +47,8 @@ REOPEN_S: Final = 1.0  # after a handshake that libzmq does not try again
 _DATAGRAMS_A_TURN: Final = 256
 _RECEIVE_BUFFER_BYTES: Final = 1 << 20
 
+# our own pair, and the keys of the sequencer: one, or two while it is rotated
+LinkKeys = tuple[CurveKeys, tuple[bytes, ...]]
 Context = zmq.Context[zmq.Socket[bytes]]
 Now = Callable[[], float]
 Released = Callable[[Domain, list[Release]], None]
@@ -63,11 +70,12 @@ class SequencerLink:
         self,
         context: Context,
         section: SequencerSection,
+        keys: LinkKeys | None,
         *,
         on_message: Callable[[wire.Message], None],
         on_connected: Callable[[bool], None],
     ) -> None:
-        """Raises KeyFileError or IntentdError."""
+        """Raises IntentdError."""
         self.endpoint = section.endpoint
         self.connected = False
         self.last_error = ""
@@ -75,12 +83,8 @@ class SequencerLink:
         self._context = context
         self._on_message = on_message
         self._on_connected = on_connected
-        self._keys: tuple[CurveKeys, bytes] | None = None
-        if section.key_file:
-            self._keys = (
-                read_curve_keys(Path(section.key_file)),
-                read_curve_public(Path(section.server_key_file)),
-            )
+        self._keys = keys
+        self._server = 0  # which of the sequencer's keys is tried
         self._again: asyncio.TimerHandle | None = None
         self._watch, self._stream = self._open()
 
@@ -98,7 +102,7 @@ class SequencerLink:
             dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
             dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
             if self._keys is not None:
-                secure_client(dealer, *self._keys)
+                secure_client(dealer, self._keys[0], self._keys[1][self._server])
             watch = HandshakeWatch(
                 dealer,
                 encrypted=self._keys is not None,
@@ -163,8 +167,26 @@ class SequencerLink:
             extra = {"endpoint": self.endpoint, "reason": reason}
             log.warning("sequencer refuses: flows fall back to local order", extra=extra)
         self.last_error = reason
-        if final and self._again is None:
-            self._again = asyncio.get_running_loop().call_later(REOPEN_S, self._reopen)
+        wait_s = REOPEN_S
+        several = self._keys is not None and len(self._keys[1]) > 1
+        if several and self._keys is not None and not final:  # its key is being rotated
+            self._server = (self._server + 1) % len(self._keys[1])
+            wait_s = REOPEN_S if self._server == 0 else 0.0
+        if (final or several) and self._again is None:
+            self._again = asyncio.get_running_loop().call_later(wait_s, self._reopen)
+
+    def rekey(self, keys: LinkKeys | None) -> None:
+        """Take keys read anew: connected again if what stands would be made differently."""
+        before, self._keys = self._keys, keys
+        if keys is None or before is None or keys == before:
+            return
+        used = before[1][self._server]
+        self._server = keys[1].index(used) if used in keys[1] else 0
+        if keys[0] != before[0] or used not in keys[1]:
+            if self._again is not None:
+                self._again.cancel()
+            self._linked(False)
+            self._reopen()
 
     def _reopen(self) -> None:
         self._again = None
@@ -180,7 +202,7 @@ class FinPort:
     def __init__(
         self,
         section: FinSection,
-        key: bytes,
+        keys: tuple[bytes, ...],
         *,
         name: str,
         boot: int,
@@ -190,8 +212,9 @@ class FinPort:
         host, port = split_address(section.bind, "fin.bind")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.counts: Counter[str] = Counter()
-        self.verifier = FinVerifier(key)
-        self._signer = FinSigner.from_domain_key(key, name, boot)
+        self.verifier = FinVerifier(keys[0])
+        self._signer = FinSigner.from_domain_key(keys[0], name, boot)
+        self.set_keys(keys)
         self._interface = section.interface
         self._groups: set[str] = set()
         self._on_fin = on_fin
@@ -217,6 +240,11 @@ class FinPort:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
+
+    def set_keys(self, keys: tuple[bytes, ...]) -> None:
+        """Sign with the first from now on, accept what any of them signed."""
+        self._signer.set_domain_key(keys[0])
+        self.verifier.set_domain_keys(keys)
 
     def join(self, address: str) -> None:
         """Hear a multicast group; other addresses need nothing. Raises IntentdError."""
@@ -287,15 +315,14 @@ class Turns:
 
         Links that are no longer needed close after their domains have said goodbye.
         """
-        if fin.key_file and self._fins is None:
-            key = read_fin_key(
-                Path(fin.key_file)
-            )  # a wrong path is told now, not at a later reload
-            if members:
-                self._fins = FinPort(
-                    fin, key, name=self._name, boot=self._boot, on_fin=self._dispatch
-                )
-                self._fins.start()
+        # All files are read before anything changes: a wrong one is told, and refuses the whole.
+        fin_keys = read_fin_keys(Path(fin.key_file)) if fin.key_file else ()
+        link_keys = {_link_key(m.section): _keys_of(m.section) for m in members}
+        if fin_keys and members and self._fins is None:
+            self._fins = FinPort(
+                fin, fin_keys, name=self._name, boot=self._boot, on_fin=self._dispatch
+            )
+            self._fins.start()
         for member in members:
             for address in member.section.fin_addresses if self._fins is not None else ():
                 assert self._fins is not None
@@ -306,7 +333,7 @@ class Turns:
             for member in members:
                 key_of = _link_key(member.section)
                 if links[key_of] is None:
-                    links[key_of] = self._connect(key_of, member.section)
+                    links[key_of] = self._connect(key_of, member.section, link_keys[key_of])
                     fresh.append(key_of)
         except BaseException:
             for key_of in fresh:
@@ -315,6 +342,10 @@ class Turns:
                 link.stop()
             raise
         self._swap(members, {k: link for k, link in links.items() if link is not None}, fresh)
+        if self._fins is not None and fin_keys:
+            self._fins.set_keys(fin_keys)
+        for key_of, link in self._links.items():
+            link.rekey(link_keys[key_of])
 
     def _swap(
         self,
@@ -412,12 +443,15 @@ class Turns:
             "demoted": gate.demoted,
         }
 
-    def _connect(self, key: tuple[str, str, str], section: SequencerSection) -> SequencerLink:
+    def _connect(
+        self, key: tuple[str, str, str], section: SequencerSection, keys: LinkKeys | None
+    ) -> SequencerLink:
         if self._context is None:
             self._context = zmq.Context(1)
         return SequencerLink(
             self._context,
             section,
+            keys,
             on_message=self._dispatch,
             on_connected=lambda up: self._connected(key, up),
         )
@@ -434,6 +468,14 @@ class Turns:
             self._unknown_domain += 1
             return
         self._released(member.domain, member.gate.handle(message, now=self._now()))
+
+
+def _keys_of(section: SequencerSection) -> LinkKeys | None:
+    """Raises KeyFileError."""
+    if not section.key_file:
+        return None
+    own = read_curve_keys(Path(section.key_file))
+    return own, read_curve_publics(Path(section.server_key_file))
 
 
 def _link_key(section: SequencerSection) -> tuple[str, str, str]:

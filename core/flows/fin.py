@@ -100,6 +100,10 @@ class FinSigner:
         self._key = key
         self._counter = 0
 
+    def set_domain_key(self, domain_key: bytes) -> None:
+        """Sign with a key derived from this one from now on; the counter goes on."""
+        self._key = sender_key(domain_key, self.sender)
+
     @classmethod
     def from_domain_key(cls, domain_key: bytes, name: str, boot: int) -> FinSigner:
         return cls(sender_key(domain_key, name_id(name)), name, boot)
@@ -130,18 +134,39 @@ class FinSigner:
 class FinVerifier:
     """Lets through what a holder of the domain key's derived keys sent, each datagram once.
 
+    While a key is rotated there are several domain keys (``set_domain_keys``), each as good.
+
     Bounded: MAX_SENDERS (sender, boot) pairs, the longest unheard forgotten first; an entry is
     made only by a datagram whose MAC holds. ``dropped`` counts refusals by reason.
     """
 
     def __init__(self, domain_key: bytes, *, max_senders: int = MAX_SENDERS) -> None:
-        sender_key(domain_key, 0)  # refuses a key of the wrong length
-        self._domain_key = domain_key
+        self._domain_keys: tuple[bytes, ...] = ()
         self._max = max_senders
-        # (sender, boot) -> [key, highest counter, bits of those seen below it]
+        # (sender, boot) -> [key last used, highest counter, bits of those seen below it]
         self._windows: OrderedDict[tuple[int, int], tuple[bytes, int, int]] = OrderedDict()
         self.accepted = 0
         self.dropped: dict[str, int] = {"malformed": 0, "forged": 0, "replayed": 0, "late": 0}
+        self.set_domain_keys((domain_key,))
+
+    def set_domain_keys(self, domain_keys: tuple[bytes, ...]) -> None:
+        """Accept what any of these signed, nothing else. Counters seen stay seen."""
+        for domain_key in domain_keys:
+            sender_key(domain_key, 0)  # refuses a key of the wrong length
+        self._domain_keys = domain_keys
+        for at, (_, highest, seen) in self._windows.items():
+            self._windows[at] = (b"", highest, seen)
+
+    def _signing_key(self, datagram: bytes, sender: int, known: bytes) -> bytes:
+        """The sender's key that the MAC was made with; empty if it was none of them."""
+        body, mac = datagram[:-MAC_BYTES], datagram[-MAC_BYTES:]
+        if known and hmac.compare_digest(_mac(known, body), mac):
+            return known
+        for domain_key in self._domain_keys:
+            key = sender_key(domain_key, sender)
+            if key != known and hmac.compare_digest(_mac(key, body), mac):
+                return key
+        return b""
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -155,8 +180,8 @@ class FinVerifier:
             return None
         at = (fin.sender, fin.boot)
         window = self._windows.get(at)
-        key = window[0] if window else sender_key(self._domain_key, fin.sender)
-        if not hmac.compare_digest(_mac(key, datagram[:-MAC_BYTES]), datagram[-MAC_BYTES:]):
+        key = self._signing_key(datagram, fin.sender, window[0] if window else b"")
+        if not key:
             self.dropped["forged"] += 1
             return None
         if window is None:

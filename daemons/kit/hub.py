@@ -31,9 +31,9 @@ from intentd.core.messages import (
 )
 from intentd.daemons.kit.codec import decode, encode, limit_socket, policy_order
 from intentd.daemons.kit.config import HubSection
-from intentd.daemons.kit.keys import read_allow_list, read_curve_keys
+from intentd.daemons.kit.keys import CurveKeys, read_allow_list, read_curve_keys
 from intentd.daemons.kit.lifecycle import Kit
-from intentd.daemons.kit.zap import ZapServer, secure_server, user_key
+from intentd.daemons.kit.zap import ZapServer, rekey_server, secure_server, user_key
 from intentd.daemons.kit.zmqfd import ZmqStream
 
 _log = logging.getLogger(__name__)
@@ -140,6 +140,8 @@ class HubLink:
         self._stream: ZmqStream | None = None
         self._zap: ZapServer | None = None
         self._allowed: dict[bytes, str] = {}
+        self._keys: CurveKeys | None = None
+        self._socket: zmq.Socket[bytes] | None = None
         self._members: dict[tuple[str, str], Member] = {}
         self._by_identity: dict[bytes, Member] = {}
         self._latest: dict[str, NumberedPolicy] = {}
@@ -173,7 +175,8 @@ class HubLink:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             if section.key_file:
-                secure_server(socket, read_curve_keys(Path(section.key_file)))
+                self._keys = read_curve_keys(Path(section.key_file))
+                secure_server(socket, self._keys)
             socket.bind(section.bind)
         except zmq.ZMQError as error:
             socket.close(linger=0)
@@ -183,6 +186,7 @@ class HubLink:
             socket.close(linger=0)
             raise
         self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._socket = socket
         self._stream = ZmqStream(socket, self._received, frames=True)
         self._stream.start()
 
@@ -207,11 +211,16 @@ class HubLink:
             if getattr(section, name) != getattr(self._section, name):
                 raise ConfigError(f"hub.{name}", getattr(section, name), "a restart to change it")
         allowed = read_allow_list(Path(section.allow_file)) if self._zap is not None else None
+        keys = read_curve_keys(Path(section.key_file)) if self._zap is not None else None
 
         def swap() -> None:
             self._section = section
             if self._zap is None or allowed is None:
                 return
+            if keys is not None and keys != self._keys and self._socket is not None:
+                rekey_server(self._socket, keys, self.endpoint)
+                self._keys = keys
+                _log.info("new CURVE key", extra={"public": keys.public.hex()})
             self._allowed = allowed
             self._zap.allow(allowed)
             for member in self.members():

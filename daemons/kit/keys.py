@@ -1,7 +1,8 @@
 """Key files: CURVE pairs for ZeroMQ links, allow lists, and the FIN datagrams' shared key.
 
 Text files of ``NAME HEX`` lines; ``#`` starts a comment. Files with a secret are written with mode
-0600 and refused when others may read them.
+0600 and refused when others may read them. While a key is rotated (``rotation``) a file has a
+second one, under the name with ``-next`` or ``-previous`` behind it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from intentd.core.errors import InputError, IntentdError
 PUBLIC: Final = "intentd-curve-public"
 SECRET: Final = "intentd-curve-secret"  # noqa: S105  the name of a field, not a secret
 FIN: Final = "intentd-fin-key"
+NEXT: Final = "-next"
+PREVIOUS: Final = "-previous"
 FIN_KEY_BYTES: Final = 32
 _CURVE_BYTES: Final = 32
 _MAX_FILE_BYTES: Final = 1 << 20
@@ -81,9 +84,32 @@ def read_curve_public(path: Path) -> bytes:
     return _key(found, PUBLIC, path, _CURVE_BYTES)
 
 
+def read_curve_publics(path: Path) -> tuple[bytes, ...]:
+    """The public key of a pair file or of its .pub, and the one it is rotated to or from."""
+    first, found = read_curve_public(path), _read(path, secret=False)
+    return (first, *_others(found, PUBLIC, path, _CURVE_BYTES))
+
+
 def read_fin_key(path: Path) -> bytes:
     """Raises KeyFileError."""
-    return _key(_read(path, secret=True), FIN, path, FIN_KEY_BYTES)
+    return read_fin_keys(path)[0]
+
+
+def read_fin_keys(path: Path) -> tuple[bytes, ...]:
+    """The key to sign with, then any other that is accepted. Raises KeyFileError."""
+    found = _read(path, secret=True)
+    first = _key(found, FIN, path, FIN_KEY_BYTES)
+    return (first, *_others(found, FIN, path, FIN_KEY_BYTES))
+
+
+def _others(found: Mapping[str, str], name: str, path: Path, length: int) -> tuple[bytes, ...]:
+    names = (name + NEXT, name + PREVIOUS)
+    return tuple(_key(found, other, path, length) for other in names if other in found)
+
+
+def secret_lines(path: Path) -> dict[str, str]:
+    """NAME -> HEX of a file with a secret, as it stands. Raises KeyFileError."""
+    return _read(path, secret=True)
 
 
 def read_allow_list(path: Path) -> dict[bytes, str]:
@@ -93,7 +119,7 @@ def read_allow_list(path: Path) -> dict[bytes, str]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if words[0] == PUBLIC:  # a .pub file's line may be appended as it is
+        if words[0].startswith(PUBLIC):  # a .pub file's line may be appended as it is
             words = words[1:]
         if not words or len(words) > 2:
             raise KeyFileError(f"{path}:{number}", line[:80], "KEY [ROLE[@NAME]]")

@@ -48,7 +48,7 @@ from intentd.daemons.kit.files import write_atomically
 from intentd.daemons.kit.keys import (
     CurveKeys,
     read_curve_keys,
-    read_curve_public,
+    read_curve_publics,
 )
 from intentd.daemons.kit.lifecycle import Kit
 from intentd.daemons.kit.line import Line
@@ -72,6 +72,8 @@ class LinkState(enum.Enum):
 
 
 OnQuestion = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+# our own pair, and the keys of the other side: one, or two while it is rotated
+ClientKeys = tuple[CurveKeys, tuple[bytes, ...]]
 OnPolicy = Callable[[NumberedPolicy], PolicyAck | Awaitable[PolicyAck]]
 
 
@@ -118,7 +120,8 @@ class MemberLink:
         self._last_error = ""
         self._refused = False
         self._report_now = False
-        self._keys: tuple[CurveKeys, bytes] | None = None
+        self._keys: ClientKeys | None = None
+        self._server: dict[str, int] = {}  # endpoint -> which of the controller's keys is tried
         self._running: list[asyncio.Task[None]] = []
         kit.link = self
 
@@ -156,11 +159,13 @@ class MemberLink:
     def reconfigure(self, section: ControllerSection) -> None:
         """Take a changed section: connected anew, then swapped. Raises IntentdError and changes
         nothing."""
-        if section == self._section:
+        keys = _client_keys(section) if section.enabled else None
+        if section == self._section and self._same_connection(keys):
+            self._keys = keys
             return
         if section.enabled != self._section.enabled:
             raise ConfigError("controller.enabled", section.enabled, "a restart to change it")
-        keys = _client_keys(section)
+        self._server.clear()
         fresh = self._connect(section, keys) if self._lines else None
         self._keys, self._section = keys, section
         if fresh is not None:
@@ -168,6 +173,17 @@ class MemberLink:
             self._use(fresh)
             self._enter(LinkState.GREETING)
             self._news.set()
+
+    def _same_connection(self, keys: ClientKeys | None) -> bool:
+        """Whether what stands would be made the same; if so, each server key keeps its place."""
+        if keys is None or self._keys is None:
+            return keys is self._keys
+        used = {endpoint: self._keys[1][index] for endpoint, index in self._server.items()}
+        used |= {end: self._keys[1][0] for end in self._lines if end not in used}
+        if keys[0] != self._keys[0] or not set(used.values()) <= set(keys[1]):
+            return False
+        self._server = {endpoint: keys[1].index(key) for endpoint, key in used.items()}
+        return True
 
     def report_soon(self) -> None:
         """Report now, not at the next interval (something changed)."""
@@ -209,7 +225,7 @@ class MemberLink:
     def _connect(
         self,
         section: ControllerSection,
-        keys: tuple[CurveKeys, bytes] | None,
+        keys: ClientKeys | None,
         but: Container[str] = (),
     ) -> list[Line]:
         """Lines to the endpoints but these, not read yet. Raises IntentdError."""
@@ -223,7 +239,7 @@ class MemberLink:
                         self._context,
                         endpoint,
                         section,
-                        keys,
+                        keys and (keys[0], keys[1][self._server.get(endpoint, 0)]),
                         on_message=self._received,
                         on_refused=self._no_handshake,
                         on_cut=self._cut,
@@ -262,8 +278,15 @@ class MemberLink:
 
     def _no_handshake(self, line: Line, reason: str, final: bool) -> None:
         self._refuse(f"controller.{reason}" if "key_file" in reason else reason)
-        line.shut_out = line.shut_out or final
-        if final and all(other.shut_out for other in self._lines.values()):
+        several = self._keys is not None and len(self._keys[1]) > 1
+        if several and self._keys is not None and not final:  # its key is being rotated
+            tried = self._server.get(line.endpoint, 0)
+            self._server[line.endpoint] = (tried + 1) % len(self._keys[1])
+            if line is self._joined:
+                self._enter(LinkState.GREETING)
+                self._news.set()
+        line.shut_out = line.shut_out or final or several
+        if line.shut_out and all(other.shut_out for other in self._lines.values()):
             self._news.set()
 
     @property
@@ -582,7 +605,8 @@ def _ids(policy: NumberedPolicy) -> dict[str, Any]:
     return {"application": policy.application, "era": policy.era, "number": policy.number}
 
 
-def _client_keys(section: ControllerSection) -> tuple[CurveKeys, bytes] | None:
+def _client_keys(section: ControllerSection) -> ClientKeys | None:
     if not section.key_file:
         return None
-    return read_curve_keys(Path(section.key_file)), read_curve_public(Path(section.server_key_file))
+    own = read_curve_keys(Path(section.key_file))
+    return own, read_curve_publics(Path(section.server_key_file))

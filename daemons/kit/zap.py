@@ -7,11 +7,13 @@ ZeroMQ RFC 27). Ours runs in the event loop like any other socket: no thread, no
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 from typing import Final
 
 import zmq
 
+from intentd.core.errors import IntentdError
 from intentd.daemons.kit.keys import CurveKeys
 from intentd.daemons.kit.metrics import Metrics
 from intentd.daemons.kit.zmqfd import ZmqStream
@@ -21,6 +23,8 @@ _log = logging.getLogger(__name__)
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 ZAP_DOMAIN: Final = b"intentd"
 MAX_LOGGED: Final = 256
+REBIND_S: Final = 1.0
+REBIND_PAUSE_S: Final = 0.001
 
 
 def secure_server(socket: zmq.Socket[bytes], keys: CurveKeys) -> None:
@@ -28,6 +32,27 @@ def secure_server(socket: zmq.Socket[bytes], keys: CurveKeys) -> None:
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+
+
+def rekey_server(socket: zmq.Socket[bytes], keys: CurveKeys, endpoint: str) -> None:
+    """Take new keys on a bound CURVE server: those connected come back, and need the new key.
+
+    Raises IntentdError when the address is gone meanwhile; nothing listens then.
+    """
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    socket.unbind(endpoint)
+    deadline = time.monotonic() + REBIND_S
+    while True:
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            # libzmq closes the old listener in a thread of its own
+            if error.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
+                reason = f"{endpoint}: not bound again with its new key: {error}"
+                raise IntentdError(reason) from None
+            time.sleep(REBIND_PAUSE_S)
+        else:
+            return
 
 
 def secure_client(socket: zmq.Socket[bytes], keys: CurveKeys, server_public: bytes) -> None:

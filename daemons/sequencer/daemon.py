@@ -15,10 +15,10 @@ from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.sequencer import SequencerCore
 from intentd.core.messages import NumberedPolicy, PolicyAck
 from intentd.daemons.kit.config import split_address
-from intentd.daemons.kit.keys import read_allow_list, read_curve_keys, read_fin_key
+from intentd.daemons.kit.keys import CurveKeys, read_allow_list, read_curve_keys, read_fin_keys
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
-from intentd.daemons.kit.zap import ZapServer, secure_server
+from intentd.daemons.kit.zap import ZapServer, rekey_server, secure_server
 from intentd.daemons.sequencer.config import SequencerConfig
 from intentd.daemons.sequencer.epoch import next_epoch
 from intentd.daemons.sequencer.metrics import SequencerCollector
@@ -46,6 +46,8 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         self._fins: FinSocket | None = None
         self._zap: ZapServer | None = None
         self._allowed: dict[bytes, str] = {}
+        self._router: zmq.Socket[bytes] | None = None
+        self._keys: CurveKeys | None = None
         self._link: MemberLink | None = None
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
@@ -78,15 +80,24 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         )
 
     async def reload(self, config: SequencerConfig) -> None:
-        """The allow list and the controller; ids and sockets need a restart."""
-        allowed = None
+        """Keys, the allow list and the controller; ids and sockets need a restart."""
+        allowed = keys = fin_keys = None
         if self._zap is not None:
             allowed = read_allow_list(Path(config.turns.allow_file))
+            keys = read_curve_keys(Path(config.turns.key_file))
+        if self._fins is not None:
+            fin_keys = read_fin_keys(Path(config.fin.key_file))
         if self._link is not None:
             self._link.reconfigure(config.controller)
         if self._zap is not None and allowed is not None:
             self._allowed = allowed
             self._zap.allow(allowed)
+        if self._fins is not None and fin_keys is not None:
+            self._fins.verifier.set_domain_keys(fin_keys)
+        if self._router is not None and keys is not None and keys != self._keys:
+            rekey_server(self._router, keys, self.endpoint)
+            self._keys = keys
+            _log.info("new CURVE key", extra={"public": keys.public.hex()})
 
     async def stop(self) -> None:
         if self._link is not None:
@@ -127,7 +138,9 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         section = self.config.fin
         if not section.key_file:
             return
-        verifier = FinVerifier(read_fin_key(Path(section.key_file)))
+        fin_keys = read_fin_keys(Path(section.key_file))
+        verifier = FinVerifier(fin_keys[0])
+        verifier.set_domain_keys(fin_keys)
         self._fins = FinSocket(
             split_address(section.bind, "fin.bind"),
             section.multicast_group,
@@ -152,7 +165,9 @@ class SequencerDaemon(Daemon[SequencerConfig]):
             self._allowed = read_allow_list(Path(section.allow_file))
             self._zap = ZapServer(self._context, self._allowed, self.kit.metrics)
             self._zap.start()
-            secure_server(router, read_curve_keys(Path(section.key_file)))
+            self._keys = read_curve_keys(Path(section.key_file))
+            secure_server(router, self._keys)
+        self._router = router
         self.endpoint = bind(router, section.bind, "turns.bind")
         self._turns.start()
 

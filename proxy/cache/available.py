@@ -19,5 +19,6 @@ def default_model_file() -> Path:
 def missing_parts(model_file: str) -> list[str]:
     """Packages MiniLM needs and that are not installed; onnx only to write the file."""
     path = Path(model_file) if model_file else default_model_file()
-    needed = [*PARTS, *([] if path.exists() else ["onnx"])]
+    # A home directory that may not be read is one without the file; Path.exists would raise.
+    needed = [*PARTS, *([] if os.path.exists(path) else ["onnx"])]
     return [name for name in needed if importlib.util.find_spec(name) is None]

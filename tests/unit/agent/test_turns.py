@@ -27,7 +27,7 @@ RUNS = (wire.Run(0, 5, 2),)
 
 
 def port(section: FinSection, heard: list[Fin], name: str = "a") -> FinPort:
-    return FinPort(section, KEY, name=name, boot=7, on_fin=heard.append)
+    return FinPort(section, (KEY,), name=name, boot=7, on_fin=heard.append)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -120,7 +120,10 @@ async def test_wrong_keys_are_told_and_the_link_recovers_by_itself(
         key_file=str(tmp_path / "agent"),
         server_key_file=str(tmp_path / "server.pub"),
     )
-    link = SequencerLink(context, section, on_message=lambda m: None, on_connected=lambda up: None)
+    keys = turns._keys_of(section)
+    link = SequencerLink(
+        context, section, keys, on_message=lambda m: None, on_connected=lambda up: None
+    )
     link.start()
     await until(lambda: link.last_error)
     assert link.last_error == "sequencer.key_file: set here, but the other side has no keys"
@@ -153,6 +156,7 @@ async def test_the_link_tells_up_and_down_and_drops_nonsense() -> None:
     link = SequencerLink(
         context,
         SequencerSection(endpoint=f"tcp://127.0.0.1:{number}"),
+        None,
         on_message=got.append,
         on_connected=states.append,
     )

@@ -523,11 +523,18 @@ class Controller(Daemon[ControllerConfig]):
         return [alarm.to_plain() for alarm in found]
 
     async def note(self, uid: int, command: str, about: str, result: str) -> None:
-        entry = Entry(_account(uid), "admin", command, about, result=result)
-        if self._audit is None:  # standing by: the table is the leader's to write
-            _log.info("admin", extra={"who": entry.who, "command": command, "result": result})
-        else:
+        await self.record(Entry(_account(uid), "admin", command, about, result=result))
+
+    async def record(self, entry: Entry) -> None:
+        """Into the audit log; where that cannot be written (the table is the leader's, a full disk)
+        into the log alone: what it tells of has happened."""
+        try:
             await self.audit.add(entry)
+        except (NotLeadingError, StoreError) as error:
+            told = {"who": entry.who, "action": entry.action, "about": entry.about}
+            _log.warning(
+                "not on the audit log", extra={**told, "result": entry.result, "error": str(error)}
+            )
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         if command in CHANGES and not args.get("preview"):
@@ -545,11 +552,9 @@ class Controller(Daemon[ControllerConfig]):
         try:
             answer = await self.command(command, signed)
         except IntentdError as error:
-            await self.audit.add(
-                Entry(who, via, command, about, before, result=f"refused: {error}")
-            )
+            await self.record(Entry(who, via, command, about, before, result=f"refused: {error}"))
             raise
-        await self.audit.add(Entry(who, via, command, about, before, self._number_of(name)))
+        await self.record(Entry(who, via, command, about, before, self._number_of(name)))
         return answer
 
     def _number_of(self, application: object) -> str:

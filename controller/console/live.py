@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from intentd.core.errors import NotLeadingError
 from intentd.daemons.kit.status import json_response
 
 MAX_LISTENERS: Final = 32
@@ -46,7 +47,10 @@ class Live:
             for _ in range(int(LIFETIME_S / TICK_S)):
                 if self._stopping.is_set() or not await permitted(request):
                     break
-                data = json.dumps(self._news(), default=str)
+                try:
+                    data = json.dumps(self._news(), default=str)
+                except NotLeadingError:
+                    break  # the page comes again; by then this one may lead
                 await response.write(f"event: news\ndata: {data}\n\n".encode())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(TICK_S):

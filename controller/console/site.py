@@ -19,7 +19,7 @@ from intentd.controller.console.live import Live
 from intentd.controller.console.pages import Pages
 from intentd.controller.console.render import HEADERS, STATIC, VENDORED, environment
 from intentd.controller.console.sessions import Guesses, Session, Sessions
-from intentd.core.errors import InputError, IntentdError
+from intentd.core.errors import InputError, IntentdError, NotLeadingError
 from intentd.daemons.kit.hub import NoAnswerError
 from intentd.daemons.kit.status import CALLER, DOOR, SAFE_METHODS, Caller, Door
 from intentd.daemons.kit.tokens import Role
@@ -137,6 +137,8 @@ class Console:
         async def show(request: web.Request) -> web.StreamResponse:
             try:
                 template, context = await page(request)
+            except NotLeadingError as error:  # a standby of the pair
+                return self._render(request, "error.html", {"text": str(error)}, 503)
             except InputError as error:
                 return self._render(request, "error.html", {"text": str(error)}, 400)
             return self._render(request, template, context)
@@ -215,13 +217,13 @@ class Console:
         token = self._door.book.find(str(form.get("token", ""))[:MAX_TOKEN].strip())
         if token is None:
             self._guesses.wrong(address)
-            await self._controller.audit.add(
+            await self._controller.record(
                 Entry("?", "console", "login", address, result="refused: unknown token")
             )
             text = "This token is not known, was revoked or has expired."
             return self._render(request, "login.html", {"wanted": wanted, "error": text}, 403)
         self._guesses.right(address)
-        await self._controller.audit.add(Entry(token.name, "console", "login", address))
+        await self._controller.record(Entry(token.name, "console", "login", address))
         answer = web.Response(status=303, headers={"Location": wanted})
         answer.set_cookie(
             COOKIE, self._sessions.open(token), path=BASE, httponly=True, samesite="Strict",
@@ -348,12 +350,15 @@ class Console:
             played["answer"] = await self._controller.hub.ask(
                 ("proxy", played["proxy"]), subject, body, timeout_s=PLAY_TIMEOUT_S
             )
-        except NoAnswerError as error:
+        except (NoAnswerError, NotLeadingError) as error:
             played["error"] = str(error)
         about = f"{played['proxy']}: {played['service_type']}"
         result = f"refused: {played['error']}" if played["error"] else "done"
-        await self._controller.audit.add(Entry(who, "console", subject, about, result=result))
-        template, context = await self._pages.prompts(request, played)
+        await self._controller.record(Entry(who, "console", subject, about, result=result))
+        try:
+            template, context = await self._pages.prompts(request, played)
+        except NotLeadingError as error:
+            return self._render(request, "error.html", {"text": str(error)}, 503)
         return self._render(request, template, context, 200 if played["answer"] else 502)
 
 

@@ -49,6 +49,14 @@ _OWN_MIGRATIONS: Final = (
     ) WITH (fillfactor = 50);
     """,
 )
+# Those of this role alone, and no reader's: a backup locks less.
+_END_WRITES: Final = """
+    SELECT pg_terminate_backend(held.pid) FROM pg_locks AS held
+    JOIN pg_stat_activity AS session ON session.pid = held.pid
+    WHERE held.locktype = 'relation' AND held.relation = 'terms'::regclass AND held.granted
+        AND held.mode = 'RowShareLock' AND session.datname = current_database()
+        AND session.usename = current_user AND held.pid <> pg_backend_pid()
+"""
 _SEEN: Final = """
     WITH mine AS (
         INSERT INTO controllers AS c (name, host, hub, boot, state, since, seen)
@@ -248,10 +256,21 @@ class Leadership:
     async def _begin_term(self) -> None:
         """Durable before anything is written in it, and after all that is written in the last.
 
-        Every write holds its lock on the table until it ends, so this waits for those on their way.
+        Every write holds its lock on the table until it ends, so this waits for those on their way;
+        not for long: one whose leader stands still between the messages of a statement is ended by
+        none of the server's own timeouts, and would keep every later leader away.
         """
+        try:
+            await self._write_term(patience_s=self.lease_s / BEATS)
+        except asyncpg.LockNotAvailableError:
+            ended = await self._connection.fetch(_END_WRITES)
+            _log.warning("writes of a deposed leader ended", extra={"sessions": len(ended)})
+            await self._write_term(patience_s=self.lease_s)
+
+    async def _write_term(self, *, patience_s: float) -> None:
         async with self._connection.transaction():
             await self._connection.execute("SET LOCAL synchronous_commit = on")
+            await self._connection.execute(f"SET LOCAL lock_timeout = {round(patience_s * 1000)}")
             await self._connection.execute("LOCK TABLE terms IN EXCLUSIVE MODE")
             self.term = await self._connection.fetchval(
                 "INSERT INTO terms SELECT coalesce(max(term), 0) + 1, $1, $2, $3, now() "

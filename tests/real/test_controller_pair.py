@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from benchmarks.controller_pair import ControllerProcess, PairLab
 from benchmarks.local_postgres import Postgres, why_not
@@ -19,7 +20,7 @@ from benchmarks.local_postgres import Postgres, why_not
 from intentd.controller.config import ControllerConfig
 from intentd.controller.flows_app import differences
 from intentd.controller.fronts import FrontBook
-from intentd.controller.leader import Leadership, Me
+from intentd.controller.leader import FENCE, SCHEMA, Leadership, Me
 from intentd.controller.policies import MIGRATIONS, PolicyBook
 from intentd.core.errors import ConfigError
 from intentd.daemons.kit.admin import AdminRefusedError
@@ -113,6 +114,26 @@ async def test_a_leader_that_slept_writes_nothing_under_the_next(
     assert store_ahead.era == old_book.era
     old.close()
     new.close()
+
+
+async def test_a_write_that_stands_still_keeps_nobody_from_leading(leaders: Leaders) -> None:
+    """A leader was cut off between the messages of a statement, where no timeout runs."""
+    first, second = leaders.make("a"), leaders.make("b")
+    (await first.acquire()).close()
+    await first.resign()
+    stuck = await asyncpg.connect(leaders.url, server_settings={"search_path": SCHEMA})
+    try:
+        await stuck.execute("BEGIN")
+        for statement in FENCE:
+            await stuck.execute(statement)
+        async with asyncio.timeout(20):
+            store = await second.acquire()
+        assert second.term == 2
+        store.close()
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+            await stuck.execute("COMMIT")
+    finally:
+        stuck.terminate()
 
 
 async def test_numbers_go_on_after_a_commit_nobody_heard_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import time
 import urllib.parse
 from typing import Any
 
@@ -230,12 +231,19 @@ def test_a_made_token_opens_and_a_revoked_one_ends_the_session(suite: Suite) -> 
 def test_listeners_are_bounded(suite: Suite) -> None:
     address = suite.url.removeprefix("http://")
     open_ones = []
+    deadline = time.monotonic() + 30
     try:
-        for _ in range(MAX_LISTENERS):
+        while len(open_ones) < MAX_LISTENERS:
             connection = http.client.HTTPConnection(address, timeout=60)
             connection.request("GET", "/console/events")
-            open_ones.append((connection, connection.getresponse()))
-            assert open_ones[-1][1].status == 200
+            response = connection.getresponse()
+            if response.status == 503:  # a page of another test has left, which the next tick sees
+                connection.close()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+                continue
+            open_ones.append((connection, response))
+            assert response.status == 200
         code, text, headers = Browser(suite).get("events")
         assert (code, headers["retry-after"]) == (503, "10")
         assert "more than 32 listeners" in text

@@ -170,14 +170,21 @@ def links(facts: Facts) -> Iterator[Row]:
 
 def keys(facts: Facts) -> Iterator[Row]:
     """Key files are their owner's alone, and public keys are the other half."""
-    from intentd.daemons.kit.keys import read_curve_keys, read_curve_public
+    from intentd.daemons.kit.keys import read_curve_keys, read_curve_public, read_fin_keys
 
     hub = facts.config.get("controller", {}).get("hub", {}).get("key_file", "")
     for role, config in facts.config.items():
         for where, path in _key_files(config):
-            statement = f"{where} {path} is a key pair, mode 0600"
+            fin = where == "fin.key_file"
+            statement = f"{where} {path} is a {'FIN key' if fin else 'key pair'}, mode 0600"
             try:
                 mode = stat.S_IMODE(path.stat().st_mode)
+                if fin:
+                    count = len(read_fin_keys(path))
+                    cure = f"chmod 600 {path}" if mode & 0o077 else ""
+                    found = f"mode {mode:04o}, {count} accepted"
+                    yield role, Claim("key", statement, not cure, found, cure)
+                    continue
                 public = read_curve_keys(path).public
                 told = Path(f"{path}.pub")
                 same = not told.exists() or read_curve_public(told) == public

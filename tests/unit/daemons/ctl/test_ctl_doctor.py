@@ -14,7 +14,12 @@ from intentd.daemons.ctl import doctor
 from intentd.daemons.ctl.output import ExitCode
 from intentd.daemons.ctl.policy import flat
 from intentd.daemons.ctl.top import doing
-from intentd.daemons.kit.keys import new_curve_keys, write_curve_keys
+from intentd.daemons.kit.keys import (
+    new_curve_keys,
+    new_fin_key,
+    write_curve_keys,
+    write_fin_key,
+)
 
 
 def status(role: str, **changed: Any) -> dict[str, Any]:
@@ -134,6 +139,17 @@ def test_keys(suite: Suite) -> None:
     assert sum(c.check == "key" and not c.holds for _, c in doctor.examine(suite)) == 3
     key.unlink()
     assert "key" in suite.wrong()
+
+
+def test_a_fin_key(suite: Suite) -> None:
+    path = suite.where / "fin.key"
+    write_fin_key(path, new_fin_key())
+    suite.config["agent"]["fin"] = {"key_file": str(path)}
+    assert suite.wrong() == {}
+    path.chmod(0o644)
+    assert set(suite.wrong()) == {"key"}
+    path.write_text("nothing\n")
+    assert set(suite.wrong()) == {"key"}
 
 
 def test_state_directory(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ $(TOOLS_STAMP): packaging/locks/tools.txt packaging/locks/hashes.txt packaging/l
 
 .PHONY: dist deb test-deb sbom test-alerts locks
 dist: $(TOOLS_STAMP) vendor-console  ## sdist and wheel in dist/
-	$(TOOLS)/bin/python -m build --outdir dist .
+	$(TOOLS)/bin/python -m build --no-isolation --outdir dist .
 
 deb: $(TOOLS_STAMP) vendor-console  ## the Debian package in dist/ (DEB_VERSION=OTHER)
 	@packaging/build-deb $(abspath $(TOOLS)/bin/python)

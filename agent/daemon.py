@@ -95,6 +95,7 @@ class AgentDaemon(Daemon[AgentConfig]):
         self._socket: AppSocket | None = None
         self._link: MemberLink | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._given_back = False  # drained: no device is shaped
         self._applying = asyncio.Lock()  # one change of policy, configuration or tc at a time
 
     # -- life -------------------------------------------------------------------------------------
@@ -135,6 +136,29 @@ class AgentDaemon(Daemon[AgentConfig]):
         self.shell.emptied = empty.set
         if self.shell.flows:
             await empty.wait()
+
+    async def set_aside(self) -> None:
+        """New flows are told to go on at once, unordered and in no class."""
+        self.shell.stop()
+
+    def work_left(self) -> dict[str, int]:
+        return {"flows": len(self.shell.flows)}
+
+    async def set_down(self) -> None:
+        """The devices are as they were found."""
+        async with self._applying:
+            self._given_back = True
+            for held in self._held.values():
+                if held.shaper is not None:
+                    await held.shaper.restore()
+                    held.refresh_marks()
+
+    async def take_up(self) -> None:
+        async with self._applying:
+            self._given_back = False
+            for held in self._held.values():
+                await self._shape(held, held.domain.policy)
+            self.shell.take_up()
 
     async def stop(self) -> None:
         """Close the socket (applications go on without us), give the devices back."""
@@ -276,18 +300,20 @@ class AgentDaemon(Daemon[AgentConfig]):
         """Shape every domain, or none: who was changed goes back when one is refused."""
         changed: list[Held] = []
         try:
-            for held, policy in wanted:
-                if held.shaper is not None:
-                    await held.shaper.apply(policy)
-                    changed.append(held)
+            for asked, policy in wanted:
+                if asked.shaper is not None and self._given_back:
+                    asked.shaper.check(policy)
+                elif asked.shaper is not None:
+                    await asked.shaper.apply(policy)
+                    changed.append(asked)
         except InputError as error:
             for held in changed:
                 await self._shape(held, held.domain.policy)
-            where = f"domains.{wanted[len(changed)][0].domain.name}.{error.field}"
+            where = f"domains.{asked.domain.name}.{error.field}"
             raise InputError(where, error.value, error.expected) from None
 
     async def _shape(self, held: Held, policy: DomainPolicy) -> None:
-        if held.shaper is not None:
+        if held.shaper is not None and not self._given_back:
             await held.shaper.apply(policy)
         held.refresh_marks()
         self.shell.publish_board()
@@ -323,8 +349,6 @@ class AgentDaemon(Daemon[AgentConfig]):
         reasons = []
         if self._socket is None:
             reasons.append("the application socket is not open")
-        if self.shell.stopping:
-            reasons.append("stopping")
         for name, held in self._held.items():
             tc = held.tc()
             if tc["state"] in (Shaping.FOREIGN.value, Shaping.FAILED.value):
@@ -371,6 +395,16 @@ class AgentDaemon(Daemon[AgentConfig]):
         for name, held in sorted(self._held.items()):
             shaper = held.shaper
             if shaper is None or not held.section.device:
+                continue
+            if self._given_back:
+                state = shaper.state
+                claims.append(
+                    Claim(
+                        "qdisc", f"{held.section.device} is given back while the agent is drained",
+                        state.state is Shaping.UNSHAPED, f"{state.state.value}: {state.reason}",
+                        "intentctl tc restore",
+                    )
+                )  # fmt: skip
                 continue
             statement = f"the qdisc of {held.section.device} is the policy of domain {name}"
             if shaper.state.state is not Shaping.SHAPED:

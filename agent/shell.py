@@ -135,7 +135,7 @@ class GateShell:
 
     def publish_board(self) -> None:
         """Domains, classes or marks have changed."""
-        if self._board is not None:
+        if self._board is not None and not self.stopping:
             self._board.publish(self.domains.values(), self._default, bool(self._routes))
 
     def stop(self) -> None:
@@ -143,6 +143,11 @@ class GateShell:
         self.stopping = True
         if self._board is not None:
             self._board.withdraw()
+
+    def take_up(self) -> None:
+        """Take new flows again."""
+        self.stopping = False
+        self.publish_board()
 
     def restore(self, flows: list[FlowRecord], next_flow: int) -> None:
         """Go on with the flows of the agent before; their connections are this agent's already.

@@ -160,7 +160,8 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         """No new connections, and what runs is finished. Where the manager holds descriptors, the
         next process gets the connections; else requests on open ones get 503."""
         if self._site is not None:
-            await self._site.stop()
+            site, self._site = self._site, None
+            await site.stop()
         api, server = self.api, self._server
         if api is None:
             return
@@ -170,6 +171,25 @@ class ProxyDaemon(Daemon[ProxyConfig]):
             handed = await server.hand_over(self.kit.held, CONNECTIONS)
             _log.info("handed on", extra={"connections": handed})
         await api.idle.wait()
+
+    async def set_aside(self) -> None:
+        """Connections are refused, also by the kernel, which would keep them for the next process;
+        requests on open ones get 503 and "Connection: close"."""
+        assert self.api is not None, "before start"
+        self.api.draining = True
+        if self._site is not None:
+            site, self._site = self._site, None
+            self.kit.held.drop(LISTENER)
+            await site.stop()
+
+    def work_left(self) -> dict[str, int]:
+        return {"requests": self.api.active} if self.api is not None else {}
+
+    async def take_up(self) -> None:
+        assert self.api is not None, "before start"
+        if self._site is None:
+            await self._open(self.address)
+        self.api.draining = False
 
     async def stop(self) -> None:
         if self.api is not None and self.api.tracing is not None:
@@ -377,16 +397,26 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 self.api.driver.pool = self._pool(self.config)
 
     async def _listen(self, api: Api) -> None:
-        bind = self.config.listen.bind
-        host, port = split_address(bind, "listen.bind")
         held = self.kit.held
         self._server = server = api.server()
         self._runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=1.0)
         await self._runner.setup()
+        await self._open(self.config.listen.bind)
+        if received := held.take(CONNECTIONS):
+            adopted = await server.adopt(received)
+            held.drop(CONNECTIONS)  # a client has to see the end of its connection
+            _log.info("taken over", extra={"connections": adopted})
+        host, port = self._runner.addresses[0][:2]
+        self.address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+    async def _open(self, bind: str) -> None:
+        """The listening socket, that of the process before if it is there."""
+        assert self._runner is not None, "before start"
+        host, port = split_address(bind, "listen.bind")
         try:
-            listener = held.listen(LISTENER, host, port, backlog=BACKLOG)
-            self._site = web.SockSite(self._runner, listener, backlog=BACKLOG)
-            await self._site.start()
+            listener = self.kit.held.listen(LISTENER, host, port, backlog=BACKLOG)
+            self._site = site = web.SockSite(self._runner, listener, backlog=BACKLOG)
+            await site.start()
         except OSError as error:
             reason = (
                 "in use by another process"
@@ -394,12 +424,6 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                 else error.strerror or str(error)
             )
             raise IntentdError(f"listen.bind: {bind} is not available: {reason}") from None
-        if received := held.take(CONNECTIONS):
-            adopted = await server.adopt(received)
-            held.drop(CONNECTIONS)  # a client has to see the end of its connection
-            _log.info("taken over", extra={"connections": adopted})
-        host, port = self._runner.addresses[0][:2]
-        self.address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
     def _gauges(self) -> dict[str, Any]:
         api = self.api

@@ -220,7 +220,7 @@ class Api:
         if request.method not in method.split():
             raise ApiError(405, f"{path}: got {shown(request.method)}, expected {method}")
         if self.draining:
-            raise ApiError(503, "this proxy is stopping", retry_after_s=1)
+            raise ApiError(503, "this proxy takes no new requests", retry_after_s=1)
         if self.active > self.config.listen.max_requests:
             self.metrics.refuse("overload")
             raise ApiError(503, "too many requests at once", retry_after_s=1)
@@ -298,7 +298,10 @@ class Api:
             if exchange.path.startswith(MESSAGES)
             else error.document()
         )
-        return WholeResponse(orjson.dumps(document), headers, error.status)
+        response = WholeResponse(orjson.dumps(document), headers, error.status)
+        if self.draining:
+            response.force_close()  # the next connection finds somebody who serves
+        return response
 
     # -- generation ----------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ TOP_LEVEL: Final = {
     "up": ("up", "down", "restart"),
     "status": ("status",),
     "daemon": ("check-config", "config", "reload", "dump", "explain"),
+    "drain": ("drain",),
     "doctor": ("doctor",),
     "top": ("top",),
     "completion": ("completion",),

@@ -44,6 +44,7 @@ from intentd.daemons.kit.config import (
     parse_config,
     read_source,
 )
+from intentd.daemons.kit.draining import Drain, timeout_of
 from intentd.daemons.kit.generations import Generations
 from intentd.daemons.kit.held import Held
 from intentd.daemons.kit.locks import LockHeldError, hold_lock
@@ -150,6 +151,20 @@ class Daemon(Generic[C]):
     async def drain(self, deadline_s: float) -> None:
         """Finish what was accepted; the lifecycle stops waiting after deadline_s."""
 
+    async def set_aside(self) -> None:
+        """Out of service: refuse new work from now on; what runs goes on. Raises IntentdError."""
+        raise AdminRefusedError(f"drain: {self.role} is not drained as a whole", "bad_request")
+
+    def work_left(self) -> dict[str, int]:
+        """What still runs, by kind; looked at while out of service."""
+        return {}
+
+    async def set_down(self) -> None:
+        """Out of service and nothing is left: give host state back."""
+
+    async def take_up(self) -> None:
+        """Back into service, from wherever ``set_aside`` and ``set_down`` have led."""
+
     async def stop(self) -> None:
         """Undo host state. Called once if start() began, also after a crash or a start() that
         raised: must not assume that it finished."""
@@ -221,6 +236,7 @@ class Lifecycle(Generic[C]):
         self._serving = False
         self._tasks = Tasks()
         self._watchdog = Watchdog(kit.clock, kit.metrics, kit.notifier)
+        self._out = Drain(self.daemon, kit.clock)
         self._lock_file: int | None = None
         self._status: StatusServer | None = None
         self._admin: AdminServer | None = None
@@ -412,7 +428,7 @@ class Lifecycle(Generic[C]):
             return ["stopping"]
         if not self._serving:
             return ["starting"]
-        return self.daemon.unready()
+        return [*self._out.unready(), *self.daemon.unready()]
 
     def status(self) -> dict[str, Any]:
         """The one schema of all daemons; ``detail`` is the role's."""
@@ -429,6 +445,7 @@ class Lifecycle(Generic[C]):
             "uptime_s": round(kit.clock.now() - self._started_s, 3),
             "ready": not reasons,
             "reasons": reasons,
+            "drain": self._out.to_plain(),
             "generation": self._reloader.generations.number,
             "reload": self._reloader.generations.to_plain(),
             "config_path": str(kit.config_path) if kit.config_path else "",
@@ -449,7 +466,7 @@ class Lifecycle(Generic[C]):
             case "ready":
                 reasons = self.unready()
                 return {"ready": not reasons, "reasons": reasons}
-            case "reload" | "tokens.new" | "tokens.revoke":
+            case "reload" | "drain" | "tokens.new" | "tokens.revoke":
                 return await self._change(command, args)
             case "tokens":
                 return {"tokens": [token.to_plain() for token in self._tokens().all()]}
@@ -470,6 +487,9 @@ class Lifecycle(Generic[C]):
         try:
             if command == "reload":
                 answer = await self.reload("intentctl", confirm=bool(args.get("confirm", False)))
+            elif command == "drain":
+                about = "undo" if args.get("undo") is True else ""
+                answer = await self._drain_or_not(args, uid)
             elif command == "tokens.new":
                 made, secret = self._tokens().new(
                     args.get("name"), args.get("role"), args.get("expires_wall_s")
@@ -482,6 +502,14 @@ class Lifecycle(Generic[C]):
             raise
         await self.daemon.note(uid, command, about, "done")
         return answer
+
+    async def _drain_or_not(self, args: dict[str, Any], uid: int) -> dict[str, Any]:
+        timeout_s = timeout_of(args.get("timeout_s"), self.config.drain_timeout_s)
+        if not self._serving:
+            raise AdminRefusedError("drain: " + "; ".join(self.unready()))
+        if args.get("undo", False):
+            return await self._out.undo()
+        return await self._out.begin(self._tasks, f"uid {uid}", timeout_s)
 
     def _tokens(self) -> TokenBook:
         if self._status is None:

@@ -2,8 +2,9 @@
 
     sandbox.py UNIT PROGRAM [ARGUMENT...]
 
-Memory that is writable is never executable (PR_SET_MDWE), system calls outside the unit's
-SystemCallFilter= fail with EPERM (libseccomp), no new privileges. User, capabilities and the
+Memory that is writable is never executable (PR_SET_MDWE, where the unit says
+MemoryDenyWriteExecute=), system calls outside the unit's SystemCallFilter= fail with EPERM
+(libseccomp), no new privileges. User, capabilities and the
 read-only file system are the caller's part (setpriv, unshare). Prints what it applied. Not a test.
 """
 
@@ -80,7 +81,8 @@ def main() -> None:
     applied = ["no_new_privs"]
     allowed = permitted(Path(unit))
     # Python's own ctypes is done with by now; the program starts afresh under both.
-    if libc.prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0) == 0:
+    never_executable = "MemoryDenyWriteExecute=yes" in Path(unit).read_text().splitlines()
+    if never_executable and libc.prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0) == 0:
         applied.append("mdwe")
     try:
         restrict_calls(allowed)

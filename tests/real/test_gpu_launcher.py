@@ -1,4 +1,7 @@
-"""The launcher as root with real users: jobs run as their owners, nobody reads another's."""
+"""The launcher as root with real users: jobs run as their owners, nobody reads another's.
+
+It runs under its unit's restrictions: its capabilities and system calls, read-only /usr and /etc.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import json
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -30,6 +34,7 @@ pytestmark = [
 
 DROPPED = ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
 SYSTEM_PYTHON = "/usr/bin/python3"
+UNIT = Path(__file__).parents[2] / "systemd" / "intentd-gpu-launcher.service"
 WAIT_S = 30.0
 
 
@@ -46,6 +51,25 @@ def other_users_python() -> str:
             ):
                 return python
     pytest.skip("no Python that other users may run")
+
+
+def confined() -> list[str]:
+    """The command that puts a program under the unit's restrictions; empty where it cannot be."""
+    if shutil.which("systemd-analyze") is None or shutil.which("setpriv") is None:
+        return []
+    bounds = re.search(r"^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.M)
+    assert bounds
+    held = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in bounds[1].split())
+    mounts = "".join(
+        f"mount --bind {where} {where} && mount -o remount,bind,ro {where} && "
+        for where in ("/usr", "/etc")  # ProtectSystem=full
+    )
+    sandbox = [sys.executable, str(Path(__file__).with_name("sandbox.py")), str(UNIT)]
+    return [
+        "unshare", "--mount", "--propagation=private", "sh", "-c",
+        f'{mounts}exec setpriv --inh-caps=-all --bounding-set=-all,{held} --no-new-privs "$@"',
+        "sh", *sandbox,
+    ]  # fmt: skip
 
 
 class Host:
@@ -70,7 +94,7 @@ class Host:
             subprocess.run(command, check=True, timeout=60, capture_output=True)
             self.made.append(name)
         self.process = subprocess.Popen(
-            [self.python, "-I", str(self.code / "launcher.py"), "--user", self.daemon,
+            [*confined(), self.python, "-I", str(self.code / "launcher.py"), "--user", self.daemon,
              "--base", str(self.base), "--socket", str(self.socket)],
         )  # fmt: skip
         wait(self.socket.exists)

@@ -1,17 +1,23 @@
-"""The units: exposure, syntax, and a daemon that really runs under their restrictions."""
+"""The units: exposure, syntax, and every daemon at work under its own restrictions (the launcher's
+are those of its own tests)."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from intentd.agent.client import Flows
 from intentd.daemons.ctl.daemon import daemon_class
 from intentd.daemons.kit.admin import AdminClient
 
@@ -189,6 +195,50 @@ DAEMONS = {
 }  # fmt: skip
 
 
+def ask(url: str, document: Any = None) -> str:
+    data = None if document is None else json.dumps(document).encode()
+    request = urllib.request.Request(url, data, method="GET" if data is None else "PUT")
+    with urllib.request.urlopen(request, timeout=CALENDAR_S) as answer:
+        return str(answer.read().decode())
+
+
+def a_flow_has_its_turn(run: Path, _status: dict[str, Any]) -> None:
+    with Flows(str(run / "agent.sock")).open(size=1000, peer="127.0.0.1") as flow:
+        assert flow.degraded == ""
+
+
+def a_policy_is_set_and_shown(run: Path, status: dict[str, Any]) -> None:
+    admin = AdminClient(run / "controller.admin.sock")
+    given = admin.call("policy_set", document={"daily": "2.50"}, application="prompts")
+    assert given["issued"]["number"] == 1
+    assert "Policies" in ask(f"http://{status['status_address']}/console/policies")
+
+
+def a_job_runs(run: Path, _status: dict[str, Any]) -> None:
+    admin = AdminClient(run / "gpu.admin.sock")
+    job = admin.call("jobs.submit", command=["true"], size_gpu_s=1)["job"]
+    deadline = time.monotonic() + CALENDAR_S
+    while (shown := admin.call("jobs.show", job=job))["state"] != "finished":
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.05)
+
+
+def an_object_is_kept(_run: Path, status: dict[str, Any]) -> None:
+    url = f"http://{status['detail']['api']}/v1/cache"
+    put = {"object": {"prompt": "Open when?", "response": "9 to 17."}, "source": "desk"}
+    ask(url, {**put, "keys": [["prompt", "Open when?"]]})
+    assert "9 to 17" in ask(f"{url}?source=desk")
+
+
+# What a daemon is for, in small, under its unit's restrictions.
+WORK = {
+    "agent": a_flow_has_its_turn,
+    "controller": a_policy_is_set_and_shown,
+    "gpu": a_job_runs,
+    "proxy": an_object_is_kept,
+}
+
+
 @needs_root
 @needs_systemd
 @pytest.mark.parametrize("name", DAEMONS)
@@ -231,10 +281,13 @@ def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -
     }
     environ |= {
         "controller": {"INTENTD_CONTROLLER__HUB__BIND": "tcp://127.0.0.1:0"},
-        "sequencer": {},
+        "sequencer": {
+            "INTENTD_SEQUENCER__TURNS__BIND": "tcp://127.0.0.1:0",
+            "INTENTD_SEQUENCER__FIN__BIND": "127.0.0.1:0",
+        },
         "agent": {"INTENTD_AGENT__FIN__BIND": "127.0.0.1:0"},
         "proxy": {"INTENTD_PROXY__LISTEN__BIND": "127.0.0.1:0"},
-        "gpu": {},
+        "gpu": {"INTENTD_GPU__JOBS__NODES": '[{name = "here", gpus = 1}]'},
     }[name if name != "toy" else "sequencer"]
     if role != "controller":
         environ[f"INTENTD_{role.upper()}__CONTROLLER__ENDPOINT"] = "tcp://127.0.0.1:9"
@@ -260,6 +313,8 @@ def test_a_daemon_runs_under_the_units_restrictions(name: str, tmp_path: Path) -
         threads = [int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()]
         policies = {os.sched_getscheduler(thread) for thread in threads}
         assert policies == {os.SCHED_RR if real_time else os.SCHED_OTHER}
+        if name in WORK:
+            WORK[name](writable[1], status)
         process.terminate()
         assert process.wait(CALENDAR_S) == 0, log.read_text()
     finally:

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[3]
 DOCUMENTS = sorted(
     path
     for folder in (".", "docs", "docs/adr", "examples", "agent")
-    for path in ROOT.joinpath(folder).glob("*.md" if folder in (".", "docs", "docs/adr") else "**/*.md")
+    for path in ROOT.joinpath(folder).glob(
+        "*.md" if folder in (".", "docs", "docs/adr") else "**/*.md"
+    )
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
@@ -119,7 +121,9 @@ def commands() -> dict[str, set[str]]:
         role: {
             name
             for source in held
-            for line in re.findall(r"^ +(?:case|if command ==) (.*):$", inspect.getsource(source), re.M)
+            for line in re.findall(
+                r"^ +(?:case|if command ==) (.*):$", inspect.getsource(source), re.M
+            )
             for name in re.findall(r'"([a-z_.]+)"', line)
         }
         for role, held in sources.items()

@@ -46,6 +46,7 @@ from intentd.core.sim.jobs import Snapshot
 Array = NDArray[np.float64]
 STORY: Final = 12  # events of a job told with an error
 LEARNED: Final = 2048  # (owner, name) pairs whose sizes are remembered
+SIZES_KEPT: Final = 16  # of each
 LEAST_LEFT: Final = 0.02  # of its size, what a job that outran its estimate is taken to need
 PLAYED_JOBS: Final = 2000  # with more unfinished ones a pool is chosen by its work, not played out
 LEAST_RATE_S: Final = 0.5  # reports this far apart measure the time per step
@@ -105,7 +106,7 @@ class Ledger:
         self._columns = Columns()
         self._changed: set[int] = set()  # jobs whose row in the columns is not up to date
         self._owners: dict[str, int] = {}
-        self._sizes: dict[tuple[str, str], deque[float]] = {}
+        self._sizes: dict[tuple[str, str], tuple[float, ...]] = {}
         self._grants: dict[int, int] = {}
         self._room: dict[str, int] = {}
         self._dirty: dict[int, Job] = {}
@@ -766,9 +767,10 @@ class Ledger:
         """A job of that name did so much work."""
         if size_gpu_s <= 0:
             return
-        if (owner, name) not in self._sizes and len(self._sizes) >= LEARNED:
+        known = self._sizes.pop((owner, name), ())
+        if len(self._sizes) >= LEARNED:  # the one not heard of for longest
             del self._sizes[next(iter(self._sizes))]
-        self._sizes.setdefault((owner, name), deque(maxlen=16)).append(size_gpu_s)
+        self._sizes[(owner, name)] = (*known[1 - SIZES_KEPT :], size_gpu_s)
 
     def arrival(self, job: Job) -> Arrival:
         """What the controller is told of a job."""

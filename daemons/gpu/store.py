@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ MIGRATIONS: Final = (
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)
     """,
 )
+PAGE_JOBS: Final = 50
 PREDICTIONS_KEPT: Final = 50  # of a job: the first, and the last so many
 
 
@@ -104,10 +105,16 @@ class JobStore:
         )
         return [(row["owner"], row["name"], float(row["size"])) for row in reversed(rows)]
 
-    def newest(self, limit: int) -> list[Job]:
-        """The last jobs that came, oldest first."""
-        rows = self.store.read("SELECT body FROM jobs ORDER BY id DESC LIMIT ?", (limit,))
-        return [job_from_plain(json.loads(row["body"])) for row in reversed(rows)]
+    def newest(self, limit: int) -> Iterator[Job]:
+        """The last jobs that came, oldest first; a page at a time, for each is some kilobytes that
+        its caller forgets."""
+        rows = self.store.read("SELECT id FROM jobs ORDER BY id DESC LIMIT ?", (limit,))
+        ids = [row["id"] for row in reversed(rows)]
+        sql = "SELECT body FROM jobs WHERE id BETWEEN ? AND ? ORDER BY id"
+        for at in range(0, len(ids), PAGE_JOBS):
+            page = ids[at : at + PAGE_JOBS]
+            for row in self.store.read(sql, (page[0], page[-1])):
+                yield job_from_plain(json.loads(row["body"]))
 
     def highest_id(self) -> int:
         kept = self.facts().get("highest_id", 0)

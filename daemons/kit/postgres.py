@@ -23,6 +23,8 @@ MIGRATION_LOCK: Final = 0x696E74656E74  # "intent"
 AWAY: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _AWAY_OR_CANCELLED: Final = (*AWAY, asyncio.CancelledError)
 _CLASH: Final = asyncpg.IntegrityConstraintViolationError
+# A connection may take so many times timeout_s to come about, in the background.
+OPENING: Final = 3
 
 
 class Database:
@@ -34,6 +36,7 @@ class Database:
         self.timeout_s = timeout_s
         self.failure = ""
         self._listener: Any = None
+        self._giving: set[asyncio.Future[Any]] = set()
 
     @classmethod
     async def open(
@@ -54,7 +57,7 @@ class Database:
                 password=password or None,
                 min_size=0,  # connections are opened when needed, again after an outage
                 max_size=connections,
-                timeout=timeout_s,
+                timeout=OPENING * timeout_s,
                 max_inactive_connection_lifetime=300.0,
                 **settings,
             )
@@ -79,7 +82,7 @@ class Database:
         """A connection inside a transaction that is durable on return. Raises StoreError."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                connection = await self._pool.acquire(timeout=self.timeout_s)
+                connection = await self._acquire()
                 try:
                     transaction = connection.transaction()
                     await transaction.start()
@@ -101,6 +104,29 @@ class Database:
             self.failure = f"store: {shown(error)}"
             raise StoreError(self.failure) from None
         self.failure = ""
+
+    async def _acquire(self) -> Any:
+        """A connection that comes too late for its caller is there for the next one: a server so
+        slow that opening one takes longer than timeout_s would otherwise never be reached, and be
+        kept busy by starting what nobody waits for."""
+        opening = asyncio.ensure_future(self._pool.acquire(timeout=OPENING * self.timeout_s))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._came_late)
+            raise
+
+    def _came_late(self, opening: asyncio.Future[Any]) -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            return
+        giving = asyncio.ensure_future(self._pool.release(opening.result()))
+        self._giving.add(giving)
+        giving.add_done_callback(self._given)
+
+    def _given(self, giving: asyncio.Future[Any]) -> None:
+        self._giving.discard(giving)
+        if not giving.cancelled():
+            giving.exception()  # one that could not be given back is closed: nobody has to know
 
     async def read(self, sql: str, *arguments: Any) -> list[Any]:
         """Rows of one query. Raises StoreError."""

@@ -13,6 +13,7 @@ from intentd.core.prompts.cache.keys import exact_key
 from intentd.proxy.store.cache import ItemRow
 
 ENTRY_BYTES: Final = 400
+SPENT: Final = 1000  # deadlines of entries that went before them, at least, before these go too
 
 
 @dataclass(slots=True)
@@ -125,6 +126,9 @@ class Hot:
         if entry.put:
             self.put_count -= 1
             self.put_bytes -= entry.size_bytes
+        if len(self._deadlines) > 2 * len(self._entries) + SPENT:
+            self._deadlines = [row for row in self._deadlines if row[1] in self._entries]
+            heapq.heapify(self._deadlines)
 
     def touch(self, entry: Entry) -> None:
         if entry.number in self._used:

@@ -238,3 +238,15 @@ def test_the_newest_has_the_exact_key_and_deadlines_are_told_once() -> None:
     assert [entry.item_id for entry in hot.expired(4.9)] == []
     assert [entry.item_id for entry in hot.expired(5.0)] == ["z"]
     assert hot.expired(9.0) == []
+
+
+def test_deadlines_of_what_went_before_them_do_not_pile_up() -> None:
+    hot = Hot()
+    for number in range(5000):
+        hot.add(row(str(number), scope="s", expires_wall_s=9.0))
+        if len(hot) > 10:
+            oldest = hot.least_used()
+            assert oldest is not None
+            hot.drop(oldest)
+    assert len(hot._deadlines) < 1100
+    assert {entry.item_id for entry in hot.expired(9.0)} == {str(n) for n in range(4990, 5000)}

@@ -23,7 +23,7 @@ from intentd.core.jobs.job import (
     job_from_plain,
     job_to_plain,
 )
-from intentd.core.jobs.ledger import Ledger, Rules
+from intentd.core.jobs.ledger import LEARNED, Ledger, Rules
 from intentd.core.jobs.placement import Node
 from intentd.core.jobs.policy import Costs, make
 from intentd.core.jobs.predictor import Predictor
@@ -184,6 +184,18 @@ def test_reported_steps_teach_what_is_left() -> None:
     assert books.left(books.jobs[1]) == pytest.approx(90.0)
     books.exited(1, 1, 0, 101.0)
     assert books.learned_size(spec()) == pytest.approx(101.0)
+
+
+def test_sizes_of_names_in_use_are_not_forgotten_for_new_ones() -> None:
+    books = ledger()
+    for number in range(2 * LEARNED):
+        books.learn("o", "nightly", 50.0)
+        books.learn("o", f"once{number}", 10.0)
+    assert books.learned_size(spec(owner="o", name="nightly")) == 50.0
+    assert books.learned_size(spec(owner="o", name="once1")) == books.rules.default_size_gpu_s
+    for size in (1.0, 2.0, 3.0) * 10:
+        books.learn("o", "nightly", size)
+    assert books.learned_size(spec(owner="o", name="nightly")) == 2.0
 
 
 def test_growth_waits_until_a_run_is_old_enough() -> None:

@@ -67,6 +67,9 @@ def _of_member(member: Mapping[str, Any]) -> list[Alarm]:
         text = f"gone ({member['state']}) for {member['heard_s_ago']:.0f} s"
         severity = "warning" if member["state"] == "goodbye" else "critical"
         found.append(Alarm(severity, name, text, ""))
+    else:
+        for reason in member["unready"]:
+            found.append(Alarm("critical", name, f"not ready: {reason}", ""))
     for application, refused in member["refused"].items():
         number = ".".join(map(str, refused["policy"]))
         text = f"refuses policy {number} of {application}: {refused['reason']}"

@@ -21,6 +21,8 @@ from intentd.controller.config import IntentSection, PromptsSection
 from intentd.controller.policies import AUTOMATIC, PolicyBook, StoredPolicy
 from intentd.core.errors import InputError
 from intentd.core.prompts.outcomes import (
+    MAX_NAME,
+    MAX_TYPES,
     Outcomes,
     TypeOutcomes,
     difference,
@@ -50,11 +52,13 @@ MemberKey = tuple[str, str]
 
 @dataclass(slots=True)
 class _Proxy:
-    """What one proxy told last. today: (UTC day, service type -> nano-dollars)."""
+    """What one proxy told last. today: (UTC day, service type -> nano-dollars). offers: its
+    service types."""
 
     outcomes: Outcomes = field(default_factory=Outcomes)
     day: str = ""
     today: dict[str, int] = field(default_factory=dict)
+    offers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +107,14 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
         told = outcomes_from_plain(body)
         assert isinstance(body, Mapping)  # checked just now
         day, today = _today(body.get("today", {}))
+        offers = _offers(body.get("offers", []))
         proxy = self._proxies.get(member)
         if proxy is None:
             if len(self._proxies) >= MAX_PROXIES:
                 raise InputError("proxy", member[1], f"at most {MAX_PROXIES} proxies")
             proxy = self._proxies[member] = _Proxy()
         self._pending.merge(difference(told, proxy.outcomes))
-        proxy.outcomes, proxy.day, proxy.today = told, day, today
+        proxy.outcomes, proxy.day, proxy.today, proxy.offers = told, day, today, offers
 
     def member_restarted(self, member: MemberKey) -> None:
         """Its counters start again from zero; what it spent today stays."""
@@ -209,7 +214,7 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
         for all together, or ``{"intents": [tables]}``; ``{"service_type": NAME, "reset": true}``
         goes back to the configuration. Returns what was issued, None if nothing changed.
         """
-        accepted = dict(_accepted(row, where) for where, row in _rows(document))
+        accepted = dict(self._accepted(row, where) for where, row in _rows(document))
         await self._store.run(lambda store: _put_intents(store, accepted))
         self._overrides = _stored_intents(self._store)
         before = self.newest
@@ -305,9 +310,24 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
             requests_per_s=sum(load.rates.values()),
         )
 
+    def _accepted(self, row: object, where: str) -> tuple[str, dict[str, Any] | None]:
+        """_accepted, of a service type that a proxy offers (any while none has reported)."""
+        name, body = _accepted(row, where)
+        offered = set().union(*(proxy.offers for proxy in self._proxies.values()))
+        if name and body is not None and offered and name not in offered:
+            expected = f"one that a proxy offers: {', '.join(sorted(offered))}"
+            raise InputError(f"{where}service_type", name, expected)
+        return name, body
+
     def _budgets(self) -> tuple[tuple[str, str, int, str], ...]:
-        daily = self._daily_nano()
-        return () if daily is None else (("global", "nano_dollars", daily, "day"),)
+        """What proxies refuse to spend beyond: of all, and of each type that has an amount."""
+        daily = {"global": self._daily_nano()}
+        daily |= {f"type:{name}": one.daily_nano for name, one in sorted(self.intents().items())}
+        return tuple(
+            (scope, "nano_dollars", nano, "day")
+            for scope, nano in daily.items()
+            if nano is not None
+        )
 
     def _why(self, policy: PromptsPolicy) -> str:
         before, words = self._policy, []
@@ -317,7 +337,7 @@ class PromptsApplication(SchedulingApplication[Outcomes, Load, None, PromptsPoli
         if policy.cooldowns_s != before.cooldowns_s:
             words.append("cooldowns: models that fail, or no longer do")
         if policy.budgets != before.budgets:
-            words.append("the day's budget")
+            words.append("the day's budgets")
         return "; ".join(words)[:1000] or "settings"
 
     async def _issue(self, policy: PromptsPolicy, *, author: str, reason: str) -> None:
@@ -403,6 +423,16 @@ def _accepted(row: object, where: str) -> tuple[str, dict[str, Any] | None]:
     if not section.service_type and section.quality is not None:
         raise InputError(f"{where}service_type", "", "the service type whose quality is meant")
     return name, section.model_dump(mode="json", exclude_unset=True)
+
+
+def _offers(plain: object) -> frozenset[str]:
+    if (
+        not isinstance(plain, list)
+        or len(plain) > MAX_TYPES
+        or not all(isinstance(name, str) and len(name) <= MAX_NAME for name in plain)
+    ):
+        raise InputError("prompts.offers", f"{plain!r:.60}", f"up to {MAX_TYPES} names")
+    return frozenset(plain)
 
 
 def _today(plain: object) -> tuple[str, dict[str, int]]:

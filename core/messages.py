@@ -16,6 +16,7 @@ from intentd.core.errors import WireError
 
 VERSION: Final = 1
 MAX_TEXT: Final = 4096
+MAX_REASONS: Final = 8  # why a member is not ready, in a report
 MAX_NUMBER: Final = 2**53  # eras, numbers and sequences stay exact in JSON
 ROLES: Final = ("agent", "sequencer", "controller", "gpu", "proxy")
 APPLICATIONS: Final = ("flows", "jobs", "prompts")

@@ -291,10 +291,13 @@ class UpstreamSection(Section):
 
 
 class BudgetSection(Section):
-    """A limit for everybody together or for one tenant; those of a key belong to the key."""
+    """A limit for everybody together, one tenant or one service type; those of a key belong to
+    the key."""
 
     scope: str = Field(
-        default="global", description="global or tenant:NAME.", pattern=r"^(global|tenant:.{1,64})$"
+        default="global",
+        description="global, tenant:NAME or type:NAME (a service type).",
+        pattern=r"^(global|(tenant|type):.{1,64})$",
     )
     unit: str = Field(default="dollars", description="dollars, tokens or requests.")
     limit: str = Field(description='How much, as text: "25" or "0.50".')

@@ -233,14 +233,15 @@ class Engine:
         self._retries = RetryBudget(section.retry_share)
         self.models = fresh
 
-    def rules(self, key: Key) -> tuple[BudgetRule, ...]:
-        """Every budget that binds a key."""
+    def rules(self, key: Key, service_type: str) -> tuple[BudgetRule, ...]:
+        """Every budget that binds a key's request of a service type."""
         shared = self.shared_budgets
         if not shared and not key.grants.budgets:
             return ()
         return (
             *key.grants.budgets,
             *shared.get(f"tenant:{key.tenant}", ()),
+            *shared.get(f"type:{service_type}", ()),
             *shared.get("global", ()),
         )
 
@@ -350,7 +351,7 @@ class Engine:
         else:
             places.taken += 1
         try:
-            rules = (*self.rules(exchange.key), *exchange.rules)
+            rules = (*self.rules(exchange.key, exchange.service_type), *exchange.rules)
             held = await self._reserve(call, exchange, model.upstream, rules) if rules else _NO_HOLD
             body = call.payload(model.upstream, held.cap)
         except BaseException:

@@ -83,6 +83,7 @@ class OutcomeCounter:
         """The body of a report, counts since boot."""
         return {
             **self.outcomes.to_plain(),
+            "offers": sorted(self.types),
             "today": {"day": self._day, "cost_nano": dict(self._today)},
         }
 

@@ -33,12 +33,13 @@ def steered_types(
 def budget_rules(policy: PromptsPolicy) -> dict[str, tuple[BudgetRule, ...]]:
     """The policy's budgets by scope. Raises InputError for what no budget can be.
 
-    Scopes: global and tenant:NAME; budgets of keys are the keys' own.
+    Scopes: global, tenant:NAME and type:NAME; budgets of keys are the keys' own.
     """
     rules: dict[str, tuple[BudgetRule, ...]] = {}
     for index, (scope, unit, limit, period) in enumerate(policy.budgets):
-        if scope != "global" and not scope.startswith("tenant:"):
-            raise InputError(f"budgets[{index}].scope", scope, "global or tenant:NAME")
+        if scope != "global" and not scope.startswith(("tenant:", "type:")):
+            expected = "global, tenant:NAME or type:NAME"
+            raise InputError(f"budgets[{index}].scope", scope, expected)
         rules[scope] = (*rules.get(scope, ()), BudgetRule(scope, unit, limit, period))
     return rules
 

@@ -28,7 +28,8 @@ PERIODS: Final = ("total", "day", "month")
 class BudgetRule:
     """A limit an operator set: at most `limit` units a period for one scope.
 
-    scope: whom it binds, such as ``key:alice``, ``tenant:course``, ``global``.
+    scope: whom it binds, such as ``key:alice``, ``tenant:course``, ``type:cost``,
+        ``global``.
     unit: one of UNITS. period: one of PERIODS, in UTC.
     """
 

@@ -17,6 +17,7 @@ import zmq
 
 from intentd.core.errors import ConfigError, InputError, IntentdError, WireError
 from intentd.core.messages import (
+    MAX_REASONS,
     MAX_TEXT,
     Answer,
     Goodbye,
@@ -72,6 +73,7 @@ class Member:
     last_refusal: str = ""
     curve_key: bytes = b""
     clock_ahead_s: float | None = None  # of this host's, less the way the report took
+    unready: list[str] = field(default_factory=list)  # why it is not ready, as it said last
     sent: dict[str, tuple[tuple[int, int], float]] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ class Member:
             },
             "last_refusal": self.last_refusal,
             "clock_ahead_s": self.clock_ahead_s,
+            "unready": self.unready,
         }
 
 
@@ -433,6 +436,7 @@ class HubLink:
         wall_s = report.body.pop("wall_s", None)
         if type(wall_s) is float:
             member.clock_ahead_s = wall_s - self._kit.clock.wall()
+        member.unready = _reasons(report.body.pop("unready", ()))
         self._on_report(member, report)
         self._send_policies(member)
 
@@ -502,6 +506,13 @@ class HubLink:
             "member gone", extra={"member": f"{member.role}@{member.name}", "reason": reason}
         )
         self._on_goodbye(member, reason)
+
+
+def _reasons(said: object) -> list[str]:
+    """What a report says of readiness; anything but text is passed over."""
+    if not isinstance(said, list):
+        return []
+    return [reason[:MAX_TEXT] for reason in said[:MAX_REASONS] if isinstance(reason, str)]
 
 
 def _plain_numbers(policies: dict[str, list[int]]) -> dict[str, list[int]]:

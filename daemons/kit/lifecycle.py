@@ -118,6 +118,7 @@ class Kit:
     notifier: Notifier = field(default_factory=Notifier)
     held: Held = field(default_factory=lambda: Held(Notifier()))
     link: MemberLink | HubLink | None = None
+    unready: Callable[[], list[str]] = list  # why it is not ready, once it started
     _stop: Callable[[str], None] | None = None
 
     def request_stop(self, reason: str) -> None:
@@ -311,6 +312,7 @@ class Lifecycle(Generic[C]):
         await self.daemon.start(self._tasks)
         kit.held.close_unused()
         self._serving = True
+        kit.unready = self.daemon.unready
         self._reloader.start(self._tasks)
         kit.metrics.ready.set_function(lambda: float(not self.unready()))
         gc.collect()

@@ -30,6 +30,7 @@ import intentd
 from intentd.core.errors import ConfigError, IntentdError, WireError
 from intentd.core.messages import (
     APPLICATIONS,
+    MAX_REASONS,
     MAX_TEXT,
     Answer,
     Goodbye,
@@ -430,7 +431,11 @@ class MemberLink:
 
     def _say_report(self) -> None:
         self._sequence += 1
-        body = {**self._collect_report(), "wall_s": self._kit.clock.wall()}
+        body = {
+            **self._collect_report(),
+            "wall_s": self._kit.clock.wall(),
+            "unready": [reason[:MAX_TEXT] for reason in self._kit.unready()[:MAX_REASONS]],
+        }
         self._send(Report(self._kit.boot, self._sequence, self.policies(), body))
 
     def _received(self, line: Line, parts: list[bytes]) -> None:

@@ -12,7 +12,7 @@ from intentd.daemons.kit.store import Store
 
 MEMBER: dict[str, Any] = {
     "role": "gpu", "name": "g1", "connected": True, "state": "present", "heard_s_ago": 1.0,
-    "refused": {}, "bad_reports": 0, "last_error": "",
+    "refused": {}, "bad_reports": 0, "last_error": "", "unready": [],
 }  # fmt: skip
 
 
@@ -58,11 +58,13 @@ def test_alarms_worst_first() -> None:
     assert alarms() == []
     gone = {**MEMBER, "connected": False, "state": "silent"}
     refuses = {**MEMBER, "refused": {"jobs": {"policy": [7, 3], "reason": "no"}}}
-    found = alarms(held={"flows": 3}, members=[gone, refuses], unready=["disk full"])
+    sick = {**MEMBER, "unready": ["every model cools down"]}
+    found = alarms(held={"flows": 3}, members=[gone, refuses, sick], unready=["disk full"])
     assert found == [
         ("critical", "disk full"),
         ("critical", "gone (silent) for 1 s"),
         ("critical", "refuses policy 7.3 of jobs: no"),
+        ("critical", "not ready: every model cools down"),
         ("warning", "automatic policies of flows rest since the rollback to 3"),
     ]
 

@@ -161,6 +161,32 @@ async def test_a_daily_budget_binds_everybody_and_steers(controlled: Controlled)
     assert "budget" in issued.inputs["service_types"]["t"]["because"]
 
 
+async def test_a_service_types_amount_is_a_budget_even_without_a_cascade(
+    controlled: Controlled,
+) -> None:
+    controlled.report(offers=["cost", "t"])
+    issued = await controlled.app.set_policy(
+        {"service_type": "cost", "daily": "0.01"}, author="anna"
+    )
+    assert issued is not None
+    assert issued.body["budgets"] == [
+        {"scope": "type:cost", "unit": "nano_dollars", "limit": 10_000_000, "period": "day"}
+    ]
+    back = await controlled.app.set_policy({"service_type": "cost", "reset": True}, author="anna")
+    assert back is not None
+    assert "budgets" not in back.body or back.body["budgets"] == []
+
+
+async def test_a_type_that_no_proxy_offers_is_refused(controlled: Controlled) -> None:
+    typo = {"service_type": "nosuch", "daily": "0.01"}
+    await controlled.app.set_policy(typo, author="anna")  # no proxy has said what it offers
+    await controlled.app.set_policy({"service_type": "nosuch", "reset": True}, author="anna")
+    controlled.report(offers=["cost", "t"])
+    with pytest.raises(InputError, match=r"service_type: got 'nosuch'.*cost, t"):
+        await controlled.app.set_policy(typo, author="anna")
+    assert "nosuch" not in controlled.app.intents()
+
+
 async def test_models_that_fail_cool_down_longer(controlled: Controlled) -> None:
     for number in range(1, 3):
         controlled.told.calls["m"] = {"ok": 10 * number, "timeout": 10 * number}
@@ -196,6 +222,8 @@ def test_bad_reports_are_refused_whole(controlled: Controlled) -> None:
         controlled.report(today={"day": 7})
     with pytest.raises(InputError, match="today"):
         controlled.report(today={"day": "", "cost_nano": {"t": -1}})
+    with pytest.raises(InputError, match="offers"):
+        controlled.report(offers=[7])
     assert controlled.app.describe()["proxies"] == []
 
 

@@ -114,6 +114,19 @@ async def test_a_policy_applies_to_the_next_request(site: Any) -> None:
     assert site.proxy.api.engine.models["mid"].health.cooldown_s == 5.0
 
 
+async def test_a_budget_of_a_service_type_binds_that_type(site: Any) -> None:
+    await site.start(models=pool(site))
+    scores(site, "9")
+    budget = {"scope": "type:cost", "unit": "requests", "limit": 1, "period": "day"}
+    assert site.proxy._on_policy(policy(1, budgets=[budget])).applied
+    await ask(site, "a", "cost")
+    status, refused, _ = await site.post("/v1/request", {"prompt": "b", "service_type": "cost"})
+    assert (status, refused["error"]["type"]) == (429, "insufficient_quota")
+    assert "type:cost" in refused["error"]["message"]
+    await ask(site, "c")  # another type goes on
+    assert "cost" in site.proxy._report()["offers"]
+
+
 async def test_a_wrong_policy_changes_nothing(site: Any) -> None:
     await site.start(models=pool(site))
     scores(site, "9")

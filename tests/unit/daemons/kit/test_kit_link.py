@@ -167,6 +167,17 @@ async def test_a_member_joins_reports_and_runs_the_newest_policy(rig: Rig) -> No
     assert not hub.members()[0].connected
 
 
+async def test_a_member_that_is_not_ready_says_why(rig: Rig) -> None:
+    hub = await rig.hub()
+    link = await rig.member(hub.endpoint)
+    await rig.story.until(lambda: rig.story.count("report") >= 1)
+    assert hub.members()[0].unready == []
+    link._kit.unready = lambda: ["disk full"]
+    await rig.story.until(lambda: hub.members()[0].to_plain(0)["unready"] == ["disk full"])
+    link._kit.unready = list
+    await rig.story.until(lambda: hub.members()[0].unready == [])
+
+
 async def test_a_refused_policy_shows_its_reason_and_is_not_repeated(rig: Rig) -> None:
     hub = await rig.hub()
     link = await rig.member(hub.endpoint)

@@ -40,6 +40,12 @@ class Connection(web.RequestHandler):
         elif data and whole:
             self._begun = True
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        # A body knows its connection: kept here, both would wait for the garbage collector, and
+        # the heap would grow to whatever lies between two of its rare full rounds.
+        self._body = None
+
     def _whole(self) -> bool:
         return self._body is None or self._body.is_eof()
 

@@ -469,6 +469,8 @@ class UpstreamStream:
         finally:
             self._reading = False
             content.push_to(None)
+            # its error knows the callback, which knows it: garbage that only a collector finds
+            woken = loop.create_future()
 
     def _pass_on(
         self, events: list[Event], take: Callable[[list[Event]], bytes], out: Output

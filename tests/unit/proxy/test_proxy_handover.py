@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from aiohttp import web
 from intentd.daemons.kit.held import Held
 from intentd.daemons.kit.holder import FdHolder
 from intentd.daemons.kit.systemd import Notifier
-from intentd.proxy.handover import Server
+from intentd.proxy.handover import Connection, Server
 
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
 
@@ -129,3 +130,23 @@ async def test_a_head_that_never_ends_holds_nobody_up(site: Site) -> None:
     assert await site.hand_over() == 0
     assert site.holder.fds == []
     assert not reader.at_eof()
+
+
+def _connections() -> int:
+    """How many there are; slots of aiohttp leave no room for a weak reference."""
+    return sum(type(one) is Connection for one in gc.get_objects())
+
+
+async def test_a_connection_that_ended_is_forgotten_without_a_collector(site: Site) -> None:
+    gc.disable()
+    try:
+        reader, writer = await site.open()
+        writer.write(REQUEST)
+        assert await text_of(reader) == "first: hi"
+        assert _connections() == 1
+        writer.transport.abort()
+        async with asyncio.timeout(60):
+            while _connections():  # noqa: ASYNC110  nobody is told of what is no more
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()

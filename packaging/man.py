@@ -1,6 +1,7 @@
 """Manual pages from the tool's own help and the daemons' settings: ``python packaging/man.py DIR``.
 
-intentctl.1, one intentctl-GROUP.1 a group of commands, and one intentd-ROLE.8 a daemon.
+intentctl.1, one intentctl-GROUP.1 a group of commands, one intentd-ROLE.8 a daemon, and those of
+intentd-gpu-launcher and intentd-extra.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 import intentd
 from intentd.daemons.ctl.daemon import DAEMONS, daemon_class
 from intentd.daemons.ctl.main import GROUPS, app
+from intentd.daemons.gpu.launcher import arguments
 from intentd.daemons.kit.config import describe
 
 EXIT = (
@@ -130,6 +132,41 @@ def daemon_page(role: str) -> str:
     return page(f"intentd-{role}", 8, f"the {role} daemon of the intentd suite", body())
 
 
+def launcher_page() -> str:
+    def body() -> Iterator[str]:
+        parser = arguments()
+        yield ".SH SYNOPSIS"
+        yield roff(parser.format_usage().removeprefix("usage: "))
+        yield ".SH DESCRIPTION"
+        yield roff(
+            "The one process of the suite that is root, for intentd-gpu.service with the drop-in "
+            "intentd-gpu-multi-user.conf: it starts, stops and clears away jobs as the users who "
+            "submitted them. It hears root and the user of --user alone."
+        )
+        yield ".SH OPTIONS"
+        for action in parser._actions[1:]:  # --help apart; argparse has no public list of them
+            default = f"(default {action.default})"
+            yield from item(action.option_strings[0], f"{action.help} {default}")
+        yield from see("intentd-gpu(8)")
+
+    return page("intentd-gpu-launcher", 8, "starts GPU jobs as their owners", body())
+
+
+def extra_page() -> str:
+    def body() -> Iterator[str]:
+        yield ".SH SYNOPSIS"
+        yield roff("intentd-extra EXTRA...")
+        yield ".SH DESCRIPTION"
+        yield roff(
+            "Adds to /opt/intentd what the package leaves out for its size, at the versions and "
+            "hashes it was locked with. Without an argument it names the extras there are. Run it "
+            "again after an upgrade of the package."
+        )
+        yield from see("intentctl(1)")
+
+    return page("intentd-extra", 8, "adds Ray, litellm and others to the intentd suite", body())
+
+
 def item(term: str, text: str) -> Iterator[str]:
     yield ".TP"
     yield f"\\fB{roff(term)}\\fR"
@@ -156,6 +193,7 @@ def pages() -> dict[str, str]:
     for name, command in commands.items():
         if name in GROUPS and hasattr(command, "commands"):
             made[f"intentctl-{name}.1"] = group_page(name, command)
+    made |= {"intentd-gpu-launcher.8": launcher_page(), "intentd-extra.8": extra_page()}
     for role in DAEMONS:
         made[f"intentd-{role}.8"] = daemon_page(role)
     return made

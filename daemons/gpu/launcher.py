@@ -323,15 +323,23 @@ def _tell_ready() -> None:
             manager.send(b"READY=1")
 
 
+def arguments() -> argparse.ArgumentParser:
+    """Also what the manual page is made of."""
+    parser = argparse.ArgumentParser(
+        "intentd-gpu-launcher", description="Starts the jobs of intentd-gpu as their owners."
+    )
+    base, listener = Path("/var/lib/intentd/jobs"), Path("/run/intentd/launcher.sock")
+    parser.add_argument("--user", default="intentd", help="whose requests are heard")
+    parser.add_argument("--base", type=Path, default=base, help="where runs and outputs lie")
+    parser.add_argument("--socket", type=Path, default=listener, help="where it listens")
+    parser.add_argument("--min-uid", type=int, default=1000, help="smallest uid of an owner")
+    return parser
+
+
 def main() -> int:
     if len(sys.argv) == 4 and sys.argv[1] == "--become":
         become_and_supervise(sys.argv[2], Path(sys.argv[3]))
-    parser = argparse.ArgumentParser(description="Starts the jobs of intentd-gpu as their owners.")
-    parser.add_argument("--user", default="intentd", help="whose requests are heard")
-    parser.add_argument("--base", type=Path, default=Path("/var/lib/intentd/jobs"))
-    parser.add_argument("--socket", type=Path, default=Path("/run/intentd/launcher.sock"))
-    parser.add_argument("--min-uid", type=int, default=1000, help="smallest uid of an owner")
-    options = parser.parse_args()
+    options = arguments().parse_args()
     if os.geteuid() != 0:
         print("intentd-gpu-launcher: must run as root", file=sys.stderr)
         return 2

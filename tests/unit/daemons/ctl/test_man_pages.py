@@ -29,7 +29,9 @@ def test_every_command_and_daemon_has_a_page_that_renders() -> None:
     man = module()
     pages = man.pages()
     wanted = {"intentctl.1", *(f"intentctl-{name}.1" for name in GROUPS)}
-    assert set(pages) == wanted | {f"intentd-{role}.8" for role in DAEMONS}
+    wanted |= {f"intentd-{name}.8" for name in (*DAEMONS, "gpu-launcher", "extra")}
+    assert set(pages) == wanted
+    assert "\\fB\\-\\-min\\-uid\\fR" in pages["intentd-gpu-launcher.8"]
     assert "\\-\\-iterations\\fR VALUE" in pages["intentctl.1"]
     assert ".SS intentctl policy diff [OPTIONS] FIRST [SECOND]" in pages["intentctl-policy.1"]
     assert "\\fBstore.lease_s\\fR" in pages["intentd-controller.8"]

@@ -2,7 +2,7 @@
 
 python job.py WORK_GPU_S. Time is monotonic: wall clocks jump in a campaign. In its directory it
 keeps ``runs`` (kind, epoch, work done at each start, save and end) and ``twice`` if another run of
-it was alive.
+it was alive. Of a gang over several nodes the first process saves; each minds its own second self.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def note(kind: str, done: float) -> None:
 
 def main() -> int:
     work, gpus = float(sys.argv[1]), int(os.environ["INTENTD_GPUS"])
-    lock = open("lock", "w", encoding="ascii")  # noqa: SIM115  until the kernel closes it
+    rank = os.environ.get("INTENTD_NODE_RANK", "0")
+    first = rank == "0"
+    lock = open(f"lock-{rank}", "w", encoding="ascii")  # noqa: SIM115  until the kernel closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -35,7 +37,8 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     saved = load()
     done = float(saved) if saved else 0.0
-    note("start", done)
+    if first:
+        note("start", done)
     last = time.monotonic()
     asked = None
     while done < work and asked is None:
@@ -43,11 +46,12 @@ def main() -> int:
         now = time.monotonic()
         done = min(work, done + gpus * (now - last))
         last = now
-        note("saving", done)
-        save(repr(done).encode())
-        note("saved", done)
-        report(done, work)
-    if done >= work:
+        if first:
+            note("saving", done)
+            save(repr(done).encode())
+            note("saved", done)
+            report(done, work)
+    if first and done >= work:
         note("end", done)
     return 0
 

@@ -199,7 +199,8 @@ class Campaign:
 
     async def _settled(self, timeout_s: float) -> str:
         """Until every member is ready, joined and on the newest policies; else what is not."""
-        deadline = self.world.clock.now() + timeout_s
+        began_s = self.world.clock.now()
+        deadline = began_s + timeout_s
         waiting = list(self.world.members)
         told_s = self.world.clock.now() + TELL_S
         newest: dict[str, list[int]] = {}
@@ -219,7 +220,8 @@ class Campaign:
             if self.world.clock.now() > told_s:
                 told_s += TELL_S
                 say(f"waiting: {why}")
-            await asyncio.sleep(_LOOK_S)
+            # The more there is to wait for, the less does looking take from the relays here.
+            await asyncio.sleep(min(1.0, max(_LOOK_S, (self.world.clock.now() - began_s) / 10)))
 
     async def _served(self, healed_s: float) -> str:
         """Until a prompt was answered that came after; else since when there was none."""

@@ -34,6 +34,7 @@ STEADY_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 20.0
 EXIT_USAGE: Final = 2
 LOOK_S: Final = 0.5
+LATE_S: Final = 0.25
 PAUSE_S: Final = 3.0
 T = TypeVar("T")
 CLOCK_SOURCE: Final = Path(__file__).with_name("clock.c")
@@ -191,7 +192,8 @@ class Member:
 class Patience:
     """The clock that members are judged by: it stands while this process was stopped or starved.
 
-    A machine that was paused for a minute says nothing about who was late.
+    A machine that was paused for a minute says nothing about who was late; nor does one on which
+    the relays, which every link passes and which live in this process, were late themselves.
     """
 
     def __init__(self) -> None:
@@ -213,6 +215,7 @@ class Patience:
             gap_s = time.monotonic() - before - LOOK_S
             if gap_s > PAUSE_S:
                 self._paused_at_s = self.now() - gap_s
+            if gap_s > LATE_S:
                 self.lost_s += gap_s
 
 

@@ -4,8 +4,9 @@
     python -m intentd.daemons.gpu.ray_cluster --stop DIRECTORY
 
 Runs until SIGTERM, then ends all it started. A node that ends is started again, as a service
-manager would. ``DIRECTORY/cluster.json`` says the address and who runs it; nothing else of Ray on
-this host is touched (``ray stop`` would end everybody's). Standard library only.
+manager would, the head before the others. ``DIRECTORY/cluster.json`` says the address and who runs
+it; nothing else of Ray on this host is touched (``ray stop`` would end everybody's). Standard
+library only.
 """
 
 from __future__ import annotations
@@ -166,12 +167,25 @@ class LocalCluster:
         for _ in range(int(START_S / 0.1)):
             if STARTED in path.read_bytes() or self._over or self._running[name].poll() is not None:
                 return
+            if name and self._headless():  # it would wait a minute or two for one, and all for it
+                self._kill(name)
+                return
             time.sleep(0.1)
+
+    def _headless(self) -> bool:
+        return self._running[""].poll() is not None
+
+    def _kill(self, name: str) -> None:
+        """With all it started."""
+        process = self._running[name]
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def _restart(self) -> None:
         now = time.monotonic()
         for name, process in list(self._running.items()):
-            if process.poll() is None:
+            if process.poll() is None or (name and self._headless()):
                 continue
             if now - self._ended.setdefault(name, now) >= AGAIN_S and not self._over:
                 self._ended.pop(name)
@@ -183,12 +197,10 @@ class LocalCluster:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
         until = time.monotonic() + END_S
-        for process in self._running.values():
+        for name, process in self._running.items():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, until - time.monotonic()))
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            self._kill(name)
         shutil.rmtree(self.temp, ignore_errors=True)
 
 

@@ -185,6 +185,9 @@ class Ledger:
         rows = await self._store.run(lambda store: store.read(sql, (first,)))
         return [dict(row) for row in rows]
 
+    async def identity(self) -> str:
+        return ""
+
     async def accounts(self) -> list[Account]:
         return list(self._accounts.values())
 

@@ -39,13 +39,16 @@ async def answer(
 
 
 async def books(api: Api, status: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
-    """body: days. What was spent, what is left, which models and service types there are."""
+    """body: days. What was spent, what is left, which models and service types there are.
+
+    ``books`` names what several proxies share, so that it is not counted twice."""
     days = body.get("days", 7)
     if type(days) is not int or not 1 <= days <= 366:
         raise InputError("days", f"{days!r:.40}", "1 to 366")
     rows = await api.ledger.spend(days)
     accounts = sorted(await api.ledger.accounts(), key=lambda account: account.account_id)
     return {
+        "books": await api.ledger.identity(),
         "spend": rows[:MAX_SPEND_ROWS],
         "more_rows": max(0, len(rows) - MAX_SPEND_ROWS),
         "accounts": [

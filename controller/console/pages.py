@@ -126,13 +126,17 @@ class Pages:
         if days > 366:
             raise InputError("days", days, "1 to 366")
         books = await self._ask("proxy", "prompts.books", {"days": days})
+        own = shapes.own_books([row["answer"] for row in books])
         types = sorted({name for row in books for name in row["answer"].get("service_types", ())})
         return "prompts.html", {
             "title": "Prompts",
             "prompts": self._controller.prompts.describe(),
             "days": days,
             "books": books,
-            "spend": shapes.spend([row["answer"] for row in books]),
+            "keepers": [
+                row["member"] for row in books if any(row["answer"] is one for one in own)
+            ],
+            "spend": shapes.spend(own),
             "types": types,
             "proxies": [row["member"] for row in books if not row["error"]],
             "played": dict(played or {}),

@@ -89,8 +89,20 @@ def front(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def own_books(books: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of proxies that share their books once only: the first's."""
+    known: set[str] = set()
+    found = []
+    for book in books:
+        name = str(book.get("books", ""))
+        if not name or name not in known:
+            found.append(book)
+        known.add(name)
+    return found
+
+
 def spend(books: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Sums over proxies and days: by key, by service type, by model, by day."""
+    """Sums over own_books and days: by key, by service type, by model, by day."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for book in books:
         for row in book.get("spend", ()):

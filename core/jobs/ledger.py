@@ -594,6 +594,8 @@ class Ledger:
         All that fit; a job that runs and ends for good is left out, its GPUs are free soon.
         """
         name = self.types[0] if pool is None else pool
+        if candidate is not None:
+            self._owner(candidate.owner)  # may be new: its quota belongs to the snapshot's
         capacity = self.pool_capacity(name)
         for job in self._holding.values():
             self._advance(job, now)

@@ -73,7 +73,10 @@ class Api:
             service = self._service()
             if service is None:
                 return json_response({"error": "starting"}, 503)
-            caller = Caller("", trusted=request[CALLER].role >= Role.OPERATE)
+            known = request[CALLER]
+            caller = Caller(
+                known.name, trusted=known.role >= Role.ADMIN, operates=known.role >= Role.OPERATE
+            )
             try:
                 args: dict[str, Any] = {
                     key: _value(key, value)
@@ -85,7 +88,7 @@ class Api:
             except UnknownJobError as error:
                 return json_response({"error": str(error)}, 404)
             except NotAllowedError as error:
-                return json_response({"error": f"{error}; a token is needed"}, 403)
+                return json_response({"error": f"{error}; a token of that name or of role admin may"}, 403)
             except StoreError as error:
                 return json_response({"error": str(error)}, 507)
             except InputError as error:

@@ -32,11 +32,15 @@ class NotAllowedError(IntentdError):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. trusted: the daemon's own user, root, or the holder of a token; may name an
-    owner and sees everything."""
+    """Who asks: a user of this host, or a token's holder by the token's name.
+
+    trusted: the daemon's own user, root, an admin's token: may name an owner and sees everything.
+    operates: may drain nodes.
+    """
 
     name: str
     trusted: bool
+    operates: bool = False
 
 
 class Service:
@@ -212,7 +216,7 @@ class Service:
 
     async def drain(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """args: node, evict, undo."""
-        if not caller.trusted:
+        if not (caller.trusted or caller.operates):
             raise NotAllowedError("drain: for operators alone")
         name = str(args.get("node", ""))
         undo, evict = bool(args.get("undo", False)), bool(args.get("evict", False))

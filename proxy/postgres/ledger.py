@@ -247,6 +247,13 @@ class SharedLedger:
         )
         return [dict(row) for row in rows]
 
+    async def identity(self) -> str:
+        (row,) = await self._database.read(
+            "SELECT concat_ws('/', system_identifier, current_database(), current_schema()) AS id "
+            "FROM pg_control_system()"
+        )
+        return str(row["id"])
+
     async def accounts(self) -> list[Account]:
         now_s = self._clock.wall()
         current = {budgets.period_name(period, now_s) for period in budgets.PERIODS}

@@ -124,6 +124,9 @@ class Books(Protocol):
     async def spend(self, days: int) -> list[dict[str, Any]]:
         """The books of the last days, newest first, as rows. Raises StoreError."""
 
+    async def identity(self) -> str:
+        """The same text for all who share these books; empty: nobody else. Raises StoreError."""
+
     async def accounts(self) -> list[Account]:
         """The accounts of periods that are not over. Raises StoreError."""
 

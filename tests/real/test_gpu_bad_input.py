@@ -25,8 +25,9 @@ from intentd.daemons.kit.admin import AdminClient, AdminUnreachableError
 
 pytestmark = pytest.mark.real
 
-TOKEN = "a token"
+TOKEN, OPERATOR = "a token", "an operator's token"
 TOKEN_HASH = hashlib.sha256(TOKEN.encode()).hexdigest()
+OPERATOR_HASH = hashlib.sha256(OPERATOR.encode()).hexdigest()
 
 
 class Scheduler:
@@ -37,7 +38,7 @@ class Scheduler:
         self.config = base / "gpu.toml"
         self.config.write_text(
             f'state_dir = "{state}"\nrun_dir = "{base}/run"\n[controller]\nenabled = false\n'
-            f'[status]\nbind = "127.0.0.1:0"\ntokens = ["{TOKEN_HASH}"]\n'
+            f'[status]\nbind = "127.0.0.1:0"\ntokens = ["{TOKEN_HASH}", "operate:{OPERATOR_HASH}"]\n'
             '[jobs]\nexecutor = "sim"\nquotas = { alice = 2 }\nnodes = [\n'
             '  { name = "a", gpus = 4, gpu_type = "v100" },\n'
             '  { name = "b", gpus = 4, gpu_type = "k80" },\n]\n'
@@ -57,13 +58,15 @@ class Scheduler:
             assert time.monotonic() < limit
             time.sleep(0.05)
 
-    def http(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
+    def http(
+        self, method: str, path: str, body: Any = None, token: str = TOKEN
+    ) -> tuple[int, dict[str, Any]]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(
             self.url + path,
             data=data if body is not None else None,
             method=method,
-            headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"},
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
@@ -106,6 +109,7 @@ def ctl(
 
 
 JOB = {"command": ["true"], "size_gpu_s": 1e6}
+
 
 WRONG_JOBS: list[tuple[dict[str, Any], str]] = [
     ({"min_gpus": 9, "max_gpus": 9}, "min_gpus"),
@@ -335,3 +339,26 @@ def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
             daemon.process.kill()
             daemon.process.wait(10)
         subprocess.run(["umount", "-l", str(state)], check=False)
+
+
+def test_an_operators_token_owns_its_jobs_and_no_others(scheduler: Scheduler) -> None:
+    """The last: the others want no jobs."""
+    code, said = scheduler.http("POST", "/api/jobs", {**JOB, "owner": "alice"}, OPERATOR)
+    assert (code, said["field"]) == (400, "owner")
+    made = {}
+    for token, owner in ((TOKEN, "alice"), (OPERATOR, "")):
+        body = {**JOB, "env": {"SECRET": "x"}, **({"owner": owner} if owner else {})}
+        code, said = scheduler.http("POST", "/api/jobs", body, token)
+        assert code == 201, said
+        made[owner] = said["job"]
+    assert scheduler.http("GET", f"/api/jobs/{made['']}")[1]["owner"] == "configured-2"
+    for owner, expected in (("alice", 403), ("", 200)):
+        path = f"/api/jobs/{made[owner]}"
+        assert scheduler.http("GET", f"{path}/logs", None, OPERATOR)[0] == expected
+        shown = scheduler.http("GET", path, None, OPERATOR)[1]
+        assert shown["spec"]["env"] == {"SECRET": "(hidden)" if expected == 403 else "x"}
+        assert scheduler.http("GET", path)[1]["spec"]["env"] == {"SECRET": "x"}
+        assert scheduler.http("DELETE", path, None, OPERATOR)[0] == expected
+    assert scheduler.http("DELETE", f"/api/jobs/{made['alice']}")[0] == 200
+    undo = "/api/nodes/a/drain?undo=true"
+    assert scheduler.http("POST", undo, None, OPERATOR)[0] == 200

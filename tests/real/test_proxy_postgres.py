@@ -171,6 +171,7 @@ async def test_a_budget_is_exact_across_proxies(postgres: Postgres) -> None:
         assert await account(one) == (spent, 0)
         (row,) = await two.state.books.spend(1)
         assert (row["requests"] * 29, row["cost_nano"]) == (spent, spent)
+        assert await one.state.books.identity() == await two.state.books.identity() != ""
 
 
 async def test_what_a_dead_proxy_held_is_settled_in_full(postgres: Postgres) -> None:

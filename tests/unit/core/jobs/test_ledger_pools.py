@@ -172,6 +172,12 @@ def test_quotas_hold_in_predictions_and_what_if() -> None:
     assert "quota" not in (books.decide(1.0), books.reason(2)["text"])[1]
 
 
+def test_the_first_job_of_an_owner_with_a_quota_finds_its_pool() -> None:
+    books = Ledger(FAST_SLOW, rules=Rules(quotas={"alice": 1}))
+    job = books.submit(spec(owner="alice", max_gpus=2), 0.0)
+    assert starts(books, 0.0) == {job.id: {"f1": 1}}
+
+
 def test_nodes_that_come_later_can_be_used_by_who_waits() -> None:
     books = Ledger([Node("n1", 2)])
     books.submit(spec(max_gpus=8), 0.0)

@@ -9,11 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What may go wrong. loss: share of messages lost while faults last."""
+    """What may go wrong. loss: share of messages lost while faults last. restart: the sequencer
+    is restarted as planned, which by itself is no fault: no start may be degraded by it."""
 
     loss: float = 0.0
     kill: bool = False
     partition: bool = False
+    restart: bool = False
 
     @property
     def any(self) -> bool:

@@ -12,6 +12,7 @@ or cut-off agent's applications still send is not counted (its successor's start
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 from collections import deque
@@ -39,6 +40,7 @@ _FAULTS_S: Final = (1.5, 3.0)
 _AFTER_S: Final = RECOVERY_S + 1.0
 _MAX_WAIT_S: Final = 2.5
 _TICK_S: Final = 0.1
+_PAUSE_S: Final = 3.0  # of a planned restart; it may end in a crash
 _LATE_REASONS: Final = ("lease", "fallback", "timeout")
 
 
@@ -174,9 +176,11 @@ class Simulation:
         self.sequencer_up = False
         self.sequencer_paused = False
         self.queue: deque[Callable[[], None]] = deque()
+        self.disk: tuple[str, float] = ("", -math.inf)  # turns that were left, leases promised
         self.granted: dict[tuple[int, int], set[int]] = {}
         self.agents = [Agent(self, f"agent-{i}") for i in range(self.rng.randint(2, 4))]
-        self.healed_s = _CALM_UNTIL_S + (self.rng.uniform(*_FAULTS_S) if faults.any else 0.0)
+        wild = faults.any or faults.restart
+        self.healed_s = _CALM_UNTIL_S + (self.rng.uniform(*_FAULTS_S) if wild else 0.0)
         self.end_s = self.healed_s + _AFTER_S
         self.next_flow = 0
 
@@ -211,14 +215,24 @@ class Simulation:
         self.note("VIOLATION " + text)
 
     def start_sequencer(self) -> None:
-        previous, self.epoch = self.epoch, self.epoch + 1 + self.rng.randrange(3)
-        now = self.engine.now
-        self.core = SequencerCore(SequencerSettings(), epoch=self.epoch, previous=previous, now=now)
+        (left, promised_until), now = self.disk, self.engine.now
+        self.disk = ("", promised_until)
+        if left:
+            self.core = SequencerCore.resume(SequencerSettings(), json.loads(left))
+        else:
+            previous, self.epoch = self.epoch, self.epoch + 1 + self.rng.randrange(3)
+            self.core = SequencerCore(
+                SequencerSettings(),
+                epoch=self.epoch,
+                previous=previous,
+                now=now,
+                promised_until=promised_until,
+            )
         self.verifier = FinVerifier(KEY)
         self.sequencer_up = True
         self.sequencer_paused = False
         self.queue.clear()
-        self.note(f"sequencer up, epoch {self.epoch}")
+        self.note(f"sequencer up, epoch {self.epoch}{', resumed' if left else ''}")
         for agent in self.agents:
             if agent.alive and not agent.linked:
                 agent.connect(True)
@@ -230,6 +244,28 @@ class Simulation:
         for agent in self.agents:
             if agent.alive and self.rng.random() < 0.5:  # the others do not notice
                 agent.connect(False)
+
+    def stop_sequencer(self) -> None:
+        """In order: it leaves its turns to the next process and asks agents to wait for it."""
+        core = self.core
+        if core is None or self.sequencer_paused:
+            return
+        frames = [] if core.recovering else core.pause(self.engine.now, _PAUSE_S)
+        kept = core.keep()
+        if kept is not None:
+            self.disk = (json.dumps(kept), core.promised_until())
+        self.core = None
+        self.sequencer_up = False
+        self.note("sequencer stops in order")
+        for peer, frame in frames:
+            self.tell_last(peer.decode(), frame)
+        for agent in self.agents:
+            if agent.alive:
+                agent.connect(False)
+
+    def tell_last(self, name: str, frame: bytes) -> None:
+        agent = next(one for one in self.agents if one.name == name)
+        self.network.send(SEQUENCER, name, lambda: agent.frame(frame))
 
     def tick(self) -> None:
         if self.core is not None and not self.sequencer_paused:
@@ -409,7 +445,7 @@ class Simulation:
         for agent in self.agents:
             agent.boot()
             self.engine.after(self.rng.random() * 0.1, lambda agent=agent: self.arrivals(agent))  # type: ignore[misc]  # bound now, not later
-        if self.faults.any:
+        if self.faults.any or self.faults.restart:
             mishaps = Mishaps(self, _MAX_WAIT_S - 0.5)
             mishaps.plan(_CALM_UNTIL_S, self.healed_s)
         if self.rng.random() < 0.2:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from intentd.core.sim.faults import Simulation
 
 SEQUENCER: Final = "sequencer"
+LONGEST_RESTART_S: Final = 1.2  # longer than a lease, and nobody waits for max_wait behind it
 
 
 class Mishaps:
@@ -32,6 +33,8 @@ class Mishaps:
             kinds += [self.kill_agent, self.crash_sequencer, self.pause_agent, self.pause_sequencer]
         if faults.partition:
             kinds += [self.cut_agent, self.cut_from_sequencer, self.cut_datagrams]
+        if faults.restart:
+            kinds += [self.restart_sequencer] * (2 if kinds else 1)
         for _ in range(rng.randint(1, 4) if kinds else 0):
             begin = rng.uniform(start, end - 0.2)
             rng.choice(kinds)(begin, rng.uniform(begin + 0.05, end))
@@ -64,6 +67,14 @@ class Mishaps:
 
         self.sim.engine.at(begin, self.sim.kill_sequencer)
         self.sim.engine.at(end, boot)
+
+    def restart_sequencer(self, begin: float, end: float) -> None:
+        def boot() -> None:
+            if self.sim.core is None:
+                self.sim.start_sequencer()
+
+        self.sim.engine.at(begin, self.sim.stop_sequencer)
+        self.sim.engine.at(min(end, begin + LONGEST_RESTART_S), boot)
 
     def pause_agent(self, begin: float, end: float) -> None:
         agent = self.rng.choice(self.sim.agents)

@@ -136,6 +136,9 @@ def faults(
     partition: Annotated[
         bool, typer.Option("--partition", help="Cut nodes off from each other for a time.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Restart the sequencer as planned.")
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
     trace: Annotated[
         bool, typer.Option("--trace", help="Tell the story of each seed on standard error.")
@@ -155,7 +158,7 @@ def faults(
         raise InputError("--loss", loss, "a share in 0 to 0.9")
     if jobs < 0:
         raise InputError("--jobs", jobs, "0 or a number of processes")
-    wrong = Faults(loss, kill, partition)
+    wrong = Faults(loss, kill, partition, restart)
     if trace:
         runs = []
         for seed in range(first, last):
@@ -166,7 +169,7 @@ def faults(
         runs = _run_seeds(range(first, last), wrong, jobs)
     total = add_up(runs)
     switches = f"{f' --loss {loss}' if loss else ''}{' --kill' if kill else ''}"
-    switches += " --partition" if partition else ""
+    switches += f"{' --partition' if partition else ''}{' --restart' if restart else ''}"
     for run in runs:
         if run.violations:
             again = f"intentctl sim faults --seeds {run.seed}:{run.seed + 1}{switches} --trace"

@@ -59,6 +59,13 @@ class TurnsSection(Section):
         ge=0.1,
         le=120,
     )
+    pause_s: Duration = Field(
+        default=5.0,
+        description="At a planned restart agents keep what they hold for so long, and wait; 0: "
+        "only for what is left of their lease.",
+        ge=0,
+        le=60,
+    )
     max_members: int = Field(
         default=4096, description="Registrations (agents x domains) beyond are refused.", ge=1
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 
 import zmq
 
-from intentd.core.errors import WireError
+from intentd.core.errors import IntentdError, WireError
 from intentd.core.flows.fin import FinVerifier
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.sequencer import SequencerCore
@@ -19,14 +19,16 @@ from intentd.daemons.kit.keys import CurveKeys, read_allow_list, read_curve_keys
 from intentd.daemons.kit.lifecycle import Daemon, Kit, run_daemon
 from intentd.daemons.kit.link import MemberLink
 from intentd.daemons.kit.zap import ZapServer, rekey_server, secure_server
+from intentd.daemons.sequencer import kept
 from intentd.daemons.sequencer.config import SequencerConfig
-from intentd.daemons.sequencer.epoch import next_epoch
+from intentd.daemons.sequencer.epoch import next_epoch, read_epoch
 from intentd.daemons.sequencer.metrics import SequencerCollector
 from intentd.daemons.sequencer.server import FinSocket, TurnSocket, bind, open_router
 
 _log = logging.getLogger(__name__)
 
 EPOCH_FILE: Final = "sequencer.epoch"
+TURNS_FILE: Final = "sequencer.turns.json"
 _TICKS_A_LEASE: Final = 10
 
 
@@ -41,6 +43,7 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         super().__init__(config, kit)
         self.core: SequencerCore | None = None
         self.endpoint = ""
+        self.resumed = False  # in the epoch, and with the turns, of the process before
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._turns: TurnSocket | None = None
         self._fins: FinSocket | None = None
@@ -51,14 +54,7 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         self._link: MemberLink | None = None
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
-        clock = self.kit.clock
-        epochs = next_epoch(self.config.state_dir / EPOCH_FILE, clock.wall())
-        self.core = SequencerCore(
-            self.config.turns.settings(),
-            epoch=epochs.current,
-            previous=epochs.previous,
-            now=clock.now(),
-        )
+        self.core = self._begin()
         self._open_fins(self.core)
         self._open_turns(self.core)
         self.kit.metrics.registry.register(SequencerCollector(self.status))
@@ -76,7 +72,12 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         await self._link.start(tasks)
         _log.info(
             "serving turns",
-            extra={"endpoint": self.endpoint, "epoch": epochs.current, "before": epochs.previous},
+            extra={
+                "endpoint": self.endpoint,
+                "epoch": self.core.epoch,
+                "before": self.core.previous,
+                "resumed": self.resumed,
+            },
         )
 
     async def reload(self, config: SequencerConfig) -> None:
@@ -98,6 +99,21 @@ class SequencerDaemon(Daemon[SequencerConfig]):
             rekey_server(self._router, keys, self.endpoint)
             self._keys = keys
             _log.info("new CURVE key", extra={"public": keys.public.hex()})
+
+    async def drain(self, deadline_s: float) -> None:
+        """Answer no more, and leave the turns to the next process. Where there is a service manager
+        that holds things for it, agents are told to wait for it."""
+        core, turns = self.core, self._turns
+        if core is None or turns is None or core.recovering:
+            return
+        turns.hush()
+        if self._fins is not None:
+            self._fins.stop()
+        pause_s = self.config.turns.pause_s if self.kit.held.capacity else 0.0
+        frames = core.pause(self.kit.clock.now(), pause_s) if pause_s else []
+        if kept.leave(self.config.state_dir / TURNS_FILE, core, pause_s):
+            turns.tell(frames)
+            _log.info("turns are kept", extra={"epoch": core.epoch, "told": len(frames)})
 
     async def stop(self) -> None:
         if self._link is not None:
@@ -121,6 +137,7 @@ class SequencerDaemon(Daemon[SequencerConfig]):
     def status(self) -> dict[str, Any]:
         detail: dict[str, Any] = self.core.status() if self.core is not None else {}
         fins = self._fins
+        detail["resumed"] = self.resumed
         detail["endpoint"] = self.endpoint
         detail["encrypted"] = bool(self.config.turns.key_file)
         detail["multipart_frames"] = self._turns.multipart if self._turns else 0
@@ -133,6 +150,30 @@ class SequencerDaemon(Daemon[SequencerConfig]):
         return detail
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _begin(self) -> SequencerCore:
+        """The turns of the process before where it left them, else a higher epoch."""
+        clock, directory = self.kit.clock, self.config.state_dir
+        settings, now = self.config.turns.settings(), clock.now()
+        last = read_epoch(directory / EPOCH_FILE)
+        try:
+            taken = kept.take(directory / TURNS_FILE, settings, last, now)
+        except OSError as error:
+            raise IntentdError(
+                f"{directory / TURNS_FILE}: {error.strerror}; "
+                "expected a state directory that can be written"
+            ) from None
+        self.resumed = taken.core is not None
+        if taken.core is not None:
+            return taken.core
+        epochs = next_epoch(directory / EPOCH_FILE, clock.wall())
+        return SequencerCore(
+            settings,
+            epoch=epochs.current,
+            previous=epochs.previous,
+            now=now,
+            promised_until=taken.promised_until,
+        )
 
     def _open_fins(self, core: SequencerCore) -> None:
         section = self.config.fin

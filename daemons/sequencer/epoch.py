@@ -32,7 +32,7 @@ def next_epoch(path: Path, wall_s: float) -> Epochs:
     It is at least the seconds of the wall clock, so that ids do not come back even after the file
     was lost; with the file, it grows whatever the clock says.
     """
-    previous = _read(path)
+    previous = read_epoch(path)
     current = max(previous + 1, int(wall_s), 1)
     try:
         write_atomically(path, f"{current}\n".encode())
@@ -43,7 +43,8 @@ def next_epoch(path: Path, wall_s: float) -> Epochs:
     return Epochs(previous, current)
 
 
-def _read(path: Path) -> int:
+def read_epoch(path: Path) -> int:
+    """The last epoch served, 0 if unknown. Raises EpochError."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:

@@ -23,6 +23,7 @@ from intentd.daemons.kit.zap import user_key
 
 MAX_BATCH: Final = 128
 MAX_FINS: Final = 64
+LAST_WORD_MS: Final = 500  # for what is said before the end to leave
 QUEUE_MESSAGES: Final = 1000  # a peer; a client that does not read loses answers, nobody else
 HANDSHAKE_MS: Final = 5000
 
@@ -55,6 +56,7 @@ class TurnSocket:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fd = -1
         self._armed = False
+        self._linger_ms = 0
         self.multipart = 0
         self.send_failures = 0
 
@@ -64,11 +66,25 @@ class TurnSocket:
         self._loop.add_reader(self._fd, self._drain)
         self._arm()
 
-    def stop(self) -> None:
+    def hush(self) -> None:
+        """Read and answer no more."""
         if self._loop is not None:
             self._loop.remove_reader(self._fd)
             self._loop = None
-        self._router.close(linger=0)
+
+    def tell(self, frames: list[tuple[bytes, bytes]]) -> None:
+        """The last words, (peer, frame); ``stop`` lets them leave."""
+        self._linger_ms = LAST_WORD_MS if frames else 0
+        for peer, frame in frames:
+            try:
+                self._router.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
+                self._router.send(frame, zmq.NOBLOCK)
+            except zmq.ZMQError:
+                self.send_failures += 1
+
+    def stop(self) -> None:
+        self.hush()
+        self._router.close(linger=self._linger_ms)
 
     def _arm(self) -> None:
         if not self._armed and self._loop is not None:

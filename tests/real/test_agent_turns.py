@@ -64,11 +64,17 @@ class Process:
         role = module.rpartition(".")[0].rpartition(".")[2]
         self.admin = AdminClient(base / "run" / f"{role}.admin.sock")
         self.process: subprocess.Popen[bytes] | None = None
+        self.env = dict(ENV)
 
     def start(self) -> None:
         with (self.base / "log").open("ab") as log:
             command = [sys.executable, "-m", self.module, "--config", self.base / "config.toml"]
-            self.process = subprocess.Popen(command, env=ENV, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log)
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(TIMEOUT_S) == 0, (self.base / "log").read_text()
 
     def kill(self) -> None:
         if self.process is not None:
@@ -87,12 +93,30 @@ class Process:
             time.sleep(0.01)
 
 
+class Waits:
+    """A flow that waits for its turn in a thread of its own."""
+
+    def __init__(self, client: Flows) -> None:
+        self._mark: list[str] = []
+        self._thread = threading.Thread(target=self._open, args=(client,))
+        self._thread.start()
+
+    def _open(self, client: Flows) -> None:
+        with client.open(1000) as flow:
+            self._mark.append(flow.degraded)
+
+    def mark(self) -> str:
+        """Why it started; "" in its turn."""
+        self._thread.join(TIMEOUT_S)
+        return self._mark[0]
+
+
 @pytest.fixture
 def suite(tmp_path: Path) -> Iterator[tuple[Process, list[Process], list[Flows]]]:
     write_fin_key(tmp_path / "fin.key", new_fin_key())
     endpoint = f"tcp://127.0.0.1:{free_port(socket.SOCK_STREAM)}"
     ports = [free_port(socket.SOCK_DGRAM) for _ in range(2)]
-    turns = f'[turns]\nbind = "{endpoint}"\nlease_s = 2\nrecover_s = 2\n'
+    turns = f'[turns]\nbind = "{endpoint}"\nlease_s = 2\nrecover_s = 2\npause_s = 60\n'
     turns += f'[fin]\nbind = "127.0.0.1:0"\nkey_file = "{tmp_path}/fin.key"\n'
     sequencer = Process(tmp_path / "seq", "intentd.daemons.sequencer.daemon", turns)
     targets = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
@@ -190,6 +214,42 @@ def test_without_the_sequencer_order_is_local_and_comes_back(
                 if not flow.degraded:
                     break
             assert time.monotonic() < deadline
+
+
+def test_a_planned_restart_of_the_sequencer_keeps_the_turns(
+    suite: tuple[Process, list[Process], list[Flows]], tmp_path: Path
+) -> None:
+    """As under a service manager: who holds a turn keeps it, who waits starts in order, by a FIN
+    that comes while the sequencer is away, or when it is back."""
+    sequencer, agents, clients = suite
+    epoch = sequencer.admin.call("status")["detail"]["epoch"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        sequencer.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "FDSTORE": "8"}
+        sequencer.stop()  # from here on it has a manager
+        sequencer.start()
+        sequencer.until(lambda detail: detail["resumed"])
+        assert sequencer.admin.call("status")["detail"]["epoch"] == epoch
+        for agent in agents:
+            agent.until(lambda detail: detail["domains"]["up"]["turns"]["state"] == "member")
+        held = clients[0].open(1000)
+        waits = Waits(clients[1])
+        agents[1].until(lambda detail: detail["domains"]["up"]["classes"][0]["waiting"] == 1)
+        sequencer.stop()
+        held.close()
+        assert waits.mark() == held.degraded == ""
+        late = Waits(clients[0])
+        sequencer.start()
+        assert late.mark() == ""
+        assert sequencer.admin.call("status")["detail"]["epoch"] == epoch
+        for agent in agents:
+            (member,) = agent.admin.call("status")["detail"]["domains"].values()
+            assert not member["degraded"], member
+        assert sequencer.process is not None
+        sequencer.process.kill()
+        sequencer.process.wait()
+        sequencer.start()
+        sequencer.until(lambda detail: not detail["resumed"] and detail["epoch"] > epoch)
 
 
 def test_a_killed_agents_turn_passes_on_when_its_lease_ends(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -48,6 +49,20 @@ def test_without_faults_no_start_is_degraded() -> None:
         assert run.violations == []
         assert run.degraded_starts == {}
         assert run.ordered_starts > 20
+
+
+def test_a_planned_restart_of_the_sequencer_degrades_no_start() -> None:
+    for seed in range(12):
+        run = run_seed(seed, Faults(restart=True), trace=True)
+        assert run.violations == []
+        assert run.degraded_starts == {}
+        assert run.ordered_starts > 20
+        assert any("resumed" in line for line in run.story)
+
+
+def test_planned_restarts_among_all_faults() -> None:
+    for seed in range(12):
+        assert run_seed(seed, dataclasses.replace(ALL, restart=True)).violations == []
 
 
 def test_a_seed_tells_the_same_story_twice() -> None:

@@ -374,6 +374,8 @@ class TurnMember:
                 return self._on_state(message, now)
             case wire.Beat():
                 self._on_beat(message)
+            case wire.Pause():
+                self._on_pause(message)
             case wire.Welcome():
                 return self._on_welcome(message, now)
             case wire.EpochChange():
@@ -528,6 +530,14 @@ class TurnMember:
         if sent is None or message.epoch != self.epoch or self.state is not _MEMBER:
             return
         self._lease_until = max(self._lease_until, sent + self._lease_s)
+
+    def _on_pause(self, message: wire.Pause) -> None:
+        """A planned restart: what is held stays valid until the sequencer is back."""
+        sent = self._sent.get(message.sequence)
+        if sent is None or message.epoch != self.epoch or self.state is not _MEMBER:
+            return
+        lease_s = message.lease_ms / 1e3 * self.timing.lease_share
+        self._lease_until = max(self._lease_until, sent + lease_s)
 
     def _on_epoch(self, message: wire.EpochChange, now: float) -> None:
         if message.epoch < self.epoch or self.state is not _MEMBER:

@@ -2,14 +2,15 @@
 
 One counter per (domain, class) gives out ids; members hold them; FINs, heartbeats and leases say
 when they are over; probes ask. Pure: frames and ``now`` in, an answer out. The request path is
-kept short: two dictionary look-ups, two structs. One table of members, domains and ids, which every
-message changes: it stays one module, a little over the usual length.
+kept short: two dictionary look-ups, two structs. What it holds is in served.py. Every message
+changes that one table of members, domains and ids: it stays one module, a little over the usual
+length.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from intentd.core.errors import WireError
@@ -17,6 +18,12 @@ from intentd.core.flows.fin import Fin
 from intentd.core.flows.policy import MAX_CLASSES, MAX_DOMAINS
 from intentd.core.flows.turn import wire
 from intentd.core.flows.turn.ids import SPAN, Progress
+from intentd.core.flows.turn.served import (
+    Registered,
+    ServedDomain,
+    domain_from_plain,
+    domain_to_plain,
+)
 
 _REQUEST_BYTES: Final = wire.REQUEST_STRUCT.size
 _REQUEST_HEAD: Final = bytes((wire.REQUEST, wire.VERSION))
@@ -46,59 +53,8 @@ class SequencerSettings:
     max_in_flight: int = 64
 
 
-class _Line:
-    """One class of a domain."""
-
-    __slots__ = ("claim_base", "claimed", "doubts", "next_id", "progress")
-
-    def __init__(self, next_id: int) -> None:
-        self.next_id = next_id
-        self.progress = Progress(next_id - 1)
-        self.claim_base = 0
-        self.claimed = 0  # while recovering: bit i: a member still holds id claim_base + 1 + i
-        self.doubts: deque[tuple[float, int, int]] = deque()  # (settles at, base, mask)
-
-
-class _Domain:
-    __slots__ = ("empty_since", "first_id", "id", "lines", "members", "name", "retired")
-
-    def __init__(self, name: str, domain_id: int, first_id: int, now: float) -> None:
-        self.name = name
-        self.id = domain_id
-        self.first_id = first_id
-        self.lines: list[_Line | None] = [None] * MAX_CLASSES
-        self.members: dict[int, _Member] = {}  # by sender
-        self.retired: dict[tuple[int, int], float] = {}  # (sender, boot) -> until when
-        self.empty_since = now
-
-    def line(self, class_index: int) -> _Line:
-        line = self.lines[class_index]
-        if line is None:
-            line = self.lines[class_index] = _Line(self.first_id)
-        return line
-
-
-class _Member:
-    """One process of one agent in one domain.
-
-    held: class -> [base, bits]; bit i is id base + 1 + i, held and neither over nor given up.
-    answered: request number -> (class, first id, count, answer), those above acked.
-    """
-
-    __slots__ = ("acked", "answered", "boot", "domain", "heard", "held", "name", "peer", "sequence")
-
-    def __init__(
-        self, domain: _Domain, name: str, boot: int, peer: bytes, sequence: int, now: float
-    ) -> None:
-        self.domain = domain
-        self.name = name
-        self.boot = boot
-        self.peer = peer
-        self.sequence = sequence
-        self.heard = now
-        self.acked = 0
-        self.held: dict[int, list[int]] = {}
-        self.answered: dict[int, tuple[int, int, int, bytes]] = {}
+def _settings_to_plain(settings: SequencerSettings) -> dict[str, Any]:
+    return {**asdict(settings), "domains": list(settings.domains)}
 
 
 def _runs(class_index: int, base: int, mask: int, announced: bool) -> list[wire.Run]:
@@ -123,12 +79,19 @@ class SequencerCore:
 
     epoch: larger than any before, made durable by the shell before this object exists.
     previous: the epoch served before, 0 if unknown: only holdings of that one are taken up again.
-    For recover_s after the start it collects them; ids and knowledge are given out afterwards.
+    For recover_s after the start it collects them, and at least until promised_until, when leases
+    that the epoch before gave for a pause end; ids and knowledge are given out afterwards.
     Every frame yields at most one answer, to its sender.
     """
 
     def __init__(
-        self, settings: SequencerSettings, *, epoch: int, previous: int, now: float
+        self,
+        settings: SequencerSettings,
+        *,
+        epoch: int,
+        previous: int,
+        now: float,
+        promised_until: float = -math.inf,
     ) -> None:
         if settings.recover_s < settings.lease_s or settings.doubt_s < settings.lease_s:
             raise ValueError("recover_s and doubt_s: expected at least lease_s")
@@ -138,10 +101,11 @@ class SequencerCore:
         self.epoch = epoch
         self.previous = previous
         self.recovering = True
-        self._recover_until = now + settings.recover_s
+        self._recover_until = max(now + settings.recover_s, promised_until)
         self._served = {wire.name_id(name) for name in settings.domains}
-        self._domains: dict[int, _Domain] = {}
-        self.sessions: dict[bytes, dict[int, _Member]] = {}  # by connection; for the shell to read
+        self._domains: dict[int, ServedDomain] = {}
+        # by connection; for the shell to read
+        self.sessions: dict[bytes, dict[int, Registered]] = {}
         self._members = 0
         self._first_id = 1  # for new domains: above every id of domains forgotten
         self.requests = 0
@@ -219,7 +183,7 @@ class SequencerCore:
             self._recovered()
         lease_s = self.settings.lease_s
         for domain in list(self._domains.values()):
-            for member in [m for m in domain.members.values() if now > m.heard + lease_s]:
+            for member in [m for m in domain.members.values() if now > m.lease_until(lease_s)]:
                 self._expire(member, now)
             for line in domain.lines:
                 while line is not None and line.doubts and line.doubts[0][0] <= now:
@@ -260,10 +224,65 @@ class SequencerCore:
             },
         }
 
+    # -- a planned restart ---------------------------------------------------------------------
+
+    def pause(self, now: float, pause_s: float) -> list[tuple[bytes, bytes]]:
+        """This process ends, the next one goes on: leases run for pause_s from now. The frames
+        that say so, (peer, frame), are to be sent after ``keep`` was made durable."""
+        frames = []
+        for peer, session in self.sessions.items():
+            for member in session.values():
+                member.promised = max(member.promised, now + pause_s)
+                pause = wire.Pause(
+                    member.domain.id, self.epoch, member.sequence, int(pause_s * 1e3)
+                )
+                frames.append((peer, wire.encode(pause)))
+        return frames
+
+    def keep(self) -> dict[str, Any] | None:
+        """All that the next process needs to go on in this epoch, JSON-ready; None while holdings
+        of the epoch before are still collected. No frame may be answered after it.
+
+        Going on is then as if this process had been stopped for a while (SIGSTOP): ids, answers
+        and leases are the same, on the same clock; what was on the network in between is lost.
+        """
+        if self.recovering:
+            return None
+        return {
+            "settings": _settings_to_plain(self.settings),
+            "epoch": self.epoch,
+            "previous": self.previous,
+            "first_id": self._first_id,
+            "domains": [domain_to_plain(domain) for domain in self._domains.values()],
+        }
+
+    @classmethod
+    def resume(cls, settings: SequencerSettings, kept: dict[str, Any]) -> SequencerCore:
+        """Go on where ``keep`` was called, on the same clock. Connections are new: members say
+        Hello. Raises ValueError if settings are others, TypeError, KeyError for what keep did not
+        write."""
+        if kept["settings"] != _settings_to_plain(settings):
+            raise ValueError("settings: got others than those the epoch began with")
+        core = cls(settings, epoch=kept["epoch"], previous=kept["previous"], now=0.0)
+        core.recovering = False
+        core._first_id = kept["first_id"]
+        for plain in kept["domains"]:
+            domain = domain_from_plain(plain)
+            core._domains[domain.id] = domain
+            core._members += len(domain.members)
+        return core
+
+    def promised_until(self) -> float:
+        """When the last lease ends that ``pause`` gave; -inf: none was."""
+        return max(
+            (m.promised for d in self._domains.values() for m in d.members.values()),
+            default=-math.inf,
+        )
+
     # -- requests ------------------------------------------------------------------------------
 
     def _grant(
-        self, member: _Member, class_index: int, count: int, number: int, acked: int, now: float
+        self, member: Registered, class_index: int, count: int, number: int, acked: int, now: float
     ) -> bytes | None:
         if class_index >= MAX_CLASSES or not 1 <= count <= wire.MAX_IDS:
             self.counts["malformed"] += 1
@@ -316,7 +335,7 @@ class SequencerCore:
         self.ids += count
         return answer
 
-    def _ack(self, member: _Member, acked: int) -> None:
+    def _ack(self, member: Registered, acked: int) -> None:
         member.acked = acked
         answered = member.answered
         if acked in answered and len(answered) == 1:  # one request at a time
@@ -335,7 +354,7 @@ class SequencerCore:
         self.counts["malformed"] += 1
         return None
 
-    def _member(self, peer: bytes, domain_id: int, epoch: int) -> _Member | None:
+    def _member(self, peer: bytes, domain_id: int, epoch: int) -> Registered | None:
         session = self.sessions.get(peer)
         member = session.get(domain_id) if session and epoch == self.epoch else None
         if member is None:
@@ -423,7 +442,7 @@ class SequencerCore:
                 )
             if self._members >= self.settings.max_members:
                 return self._refuse(domain_id, wire.ERROR_LIMIT, hello, "too many members")
-            domain = self._domains[domain_id] = _Domain(
+            domain = self._domains[domain_id] = ServedDomain(
                 hello.domain, domain_id, self._first_id, now
             )
         elif member is not None:
@@ -435,7 +454,7 @@ class SequencerCore:
                 del domain.retired[next(iter(domain.retired))]
         elif self._members >= self.settings.max_members:
             return self._refuse(domain_id, wire.ERROR_LIMIT, hello, "too many members")
-        member = _Member(domain, hello.name, hello.boot, peer, hello.sequence, now)
+        member = Registered(domain, hello.name, hello.boot, peer, hello.sequence, now)
         member.acked = hello.acked
         domain.members[sender] = member
         self._members += 1
@@ -449,7 +468,7 @@ class SequencerCore:
         self.counts["refused"] += 1
         return wire.encode(wire.Error(domain_id, code, hello.sequence, text))
 
-    def _welcome(self, member: _Member, hello: wire.Hello, now: float) -> bytes:
+    def _welcome(self, member: Registered, hello: wire.Hello, now: float) -> bytes:
         accepted = []
         for run in hello.held:
             held = member.held.get(run.class_index)
@@ -480,7 +499,7 @@ class SequencerCore:
             return 0
         return ((1 << end) - 1) if start <= 0 else ((1 << (end - start)) - 1) << start
 
-    def _over(self, member: _Member, run: wire.Run) -> None:
+    def _over(self, member: Registered, run: wire.Run) -> None:
         """Of the run's ids, those this member holds are over (or announced)."""
         held = member.held.get(run.class_index)
         hit = held[1] & self._mask(held, run) if held else 0
@@ -496,7 +515,7 @@ class SequencerCore:
             progress.finish_mask(held[0], hit)
 
     def _sync(
-        self, member: _Member, sequence: int, acked: int, listed: tuple[wire.Run, ...]
+        self, member: Registered, sequence: int, acked: int, listed: tuple[wire.Run, ...]
     ) -> None:
         """The member states all it holds: what it no longer lists is over.
 
@@ -529,7 +548,7 @@ class SequencerCore:
                 held[1] &= ~over
                 member.domain.line(class_index).progress.finish_mask(held[0], over)
 
-    def _take_up(self, member: _Member, run: wire.Run) -> None:
+    def _take_up(self, member: Registered, run: wire.Run) -> None:
         """While recovering: an id of the epoch before stays with its holder, number and all.
 
         The first id said in a class fixes a window of SPAN ids; one outside it, or one that
@@ -566,20 +585,20 @@ class SequencerCore:
 
     # -- members -------------------------------------------------------------------------------
 
-    def _bind(self, member: _Member, peer: bytes) -> None:
+    def _bind(self, member: Registered, peer: bytes) -> None:
         if member.peer != peer:
             self._unbind(member)
             member.peer = peer
         self.sessions.setdefault(peer, {})[member.domain.id] = member
 
-    def _unbind(self, member: _Member) -> None:
+    def _unbind(self, member: Registered) -> None:
         session = self.sessions.get(member.peer)
         if session is not None and session.get(member.domain.id) is member:
             del session[member.domain.id]
             if not session:
                 del self.sessions[member.peer]
 
-    def _expire(self, member: _Member, now: float) -> None:
+    def _expire(self, member: Registered, now: float) -> None:
         """Its lease ran out, or another process took its name: what it held is over, in doubt."""
         domain = member.domain
         self.counts["expired_members"] += 1
@@ -588,10 +607,12 @@ class SequencerCore:
                 self.counts["expired_ids"] += bits.bit_count()
                 line = domain.line(class_index)
                 line.progress.expire_mask(base, bits)
-                line.doubts.append((now + self.settings.doubt_s, base, bits))
+                # whoever was promised more may count on it for longer
+                settles = max(now + self.settings.doubt_s, member.promised)
+                line.doubts.append((settles, base, bits))
         self._remove(member, now)
 
-    def _remove(self, member: _Member, now: float) -> None:
+    def _remove(self, member: Registered, now: float) -> None:
         self._unbind(member)
         domain = member.domain
         del domain.members[wire.name_id(member.name)]
@@ -599,7 +620,7 @@ class SequencerCore:
         if not domain.members:
             domain.empty_since = now
 
-    def _forget(self, domain: _Domain) -> None:
+    def _forget(self, domain: ServedDomain) -> None:
         """A domain without members goes; its ids do not come back in this epoch."""
         for line in domain.lines:
             if line is not None:

@@ -40,6 +40,7 @@ STATE: Final = 18
 BEAT: Final = 19
 EPOCH: Final = 20
 ERROR: Final = 21
+PAUSE: Final = 22
 
 ERROR_VERSION: Final = 1  # the sender speaks a newer version than this side
 ERROR_BUSY: Final = 2  # a bound is reached: ids outstanding, requests in flight
@@ -67,6 +68,7 @@ _WELCOME_STRUCT: Final = Struct("!BBHIIIIQQ")
 _STATE_STRUCT: Final = Struct("!BBBIBQQQQ")
 _BEAT_STRUCT: Final = Struct("!BBIQQ")
 _EPOCH_STRUCT: Final = Struct("!BBQQ")
+_PAUSE_STRUCT: Final = Struct("!BBIIQQ")
 _ERROR_STRUCT: Final = Struct("!BBBIQB")
 _RUN_STRUCT: Final = Struct("!BBIQ")
 
@@ -223,6 +225,18 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """The sequencer restarts and goes on in this epoch: the lease is lease_ms now, counted from
+    when the Hello or Heartbeat with this sequence was sent."""
+
+    type: ClassVar[int] = PAUSE
+    domain_id: int
+    epoch: int
+    sequence: int
+    lease_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class EpochChange:
     """The sequencer does not know the sender in this domain and epoch: say Hello."""
 
@@ -255,6 +269,7 @@ Message = (
     | Beat
     | EpochChange
     | Error
+    | Pause
 )
 
 
@@ -327,7 +342,7 @@ def encode(message: Message) -> bytes:
 
 
 def _encode_small(
-    message: Probe | Finished | Goodbye | State | Beat | EpochChange | Error,
+    message: Probe | Finished | Goodbye | State | Beat | EpochChange | Error | Pause,
 ) -> bytes:
     match message:
         case Probe():
@@ -364,6 +379,10 @@ def _encode_small(
         case Beat():
             return _BEAT_STRUCT.pack(
                 BEAT, VERSION, message.sequence, message.domain_id, message.epoch
+            )
+        case Pause():
+            return _PAUSE_STRUCT.pack(
+                PAUSE, VERSION, message.sequence, message.lease_ms, message.domain_id, message.epoch
             )
         case EpochChange():
             return _EPOCH_STRUCT.pack(EPOCH, VERSION, message.domain_id, message.epoch)
@@ -567,6 +586,12 @@ def _parse_epoch(frame: bytes) -> EpochChange:
     return EpochChange(domain_id, epoch)
 
 
+def _parse_pause(frame: bytes) -> Pause:
+    _exact(frame, _PAUSE_STRUCT.size, "pause")
+    _, _, sequence, lease_ms, domain_id, epoch = _PAUSE_STRUCT.unpack(frame)
+    return Pause(domain_id, epoch, sequence, lease_ms)
+
+
 def _parse_error(frame: bytes) -> Error:
     start = _ERROR_STRUCT.size
     _at_least(frame, start, "error")
@@ -592,4 +617,5 @@ _PARSERS: Final[dict[int, Callable[[bytes], Message]]] = {
     BEAT: _parse_beat,
     EPOCH: _parse_epoch,
     ERROR: _parse_error,
+    PAUSE: _parse_pause,
 }

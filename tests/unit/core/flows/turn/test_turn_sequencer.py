@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +74,77 @@ def test_strangers_and_old_epochs_are_sent_to_register() -> None:
     assert ask(core, "a", old) == wire.EpochChange(DOMAIN, EPOCH)
     for message in (wire.Probe(DOMAIN, 3, 0, 1), wire.Heartbeat(DOMAIN, 3, 1, 0)):
         assert ask(core, "a", message) == wire.EpochChange(DOMAIN, EPOCH)
+
+
+def restarted(core: SequencerCore) -> SequencerCore:
+    """Left to the next process through a file."""
+    return SequencerCore.resume(core.settings, json.loads(json.dumps(core.keep())))
+
+
+def test_a_planned_restart_keeps_epoch_ids_answers_and_what_is_over() -> None:
+    core = serving()
+    for name in ("a", "b"):
+        hello(core, name)
+    first = request(core, "a", 1, 4)
+    request(core, "b", 1, 2)
+    core.finished(Fin(DOMAIN, EPOCH, wire.name_id("a"), 1, 1, (Run(0, 2, 1),)), 1.0)
+    before = state(core, "b")
+    again = restarted(core)
+    assert not again.recovering
+    assert request(again, "a", 1, 4) == wire.EpochChange(DOMAIN, EPOCH)  # a new connection
+    held = (Run(0, 1, 1), Run(0, 3, 2))
+    welcome = hello(again, "a", epoch=EPOCH, sequence=2, held=held)
+    assert isinstance(welcome, wire.Welcome)
+    assert (welcome.epoch, welcome.recover_ms, welcome.accepted) == (EPOCH, 0, held)
+    hello(again, "b", epoch=EPOCH, sequence=2, held=(Run(0, 5, 2),))
+    assert state(again, "b") == before
+    assert request(again, "a", 1, 4) == first  # its answer may have been lost
+    following = request(again, "a", 2)
+    assert isinstance(following, wire.Tickets)
+    assert following.first == 7
+    assert restarted(again).keep() == again.keep()
+
+
+def test_a_pause_is_a_lease_that_the_next_process_and_the_next_epoch_keep() -> None:
+    core = serving()
+    hello(core, "a", sequence=4)
+    request(core, "a", 1, 2)
+    ((peer, frame),) = core.pause(1.0, 5.0)
+    assert (peer, wire.decode(frame)) == (b"a", wire.Pause(DOMAIN, EPOCH, 4, 5000))
+    assert core.promised_until() == 6.0
+    again = restarted(core)
+    hello(again, "a", epoch=EPOCH, sequence=5, held=(Run(0, 1, 2),), now=1.5)
+    again.tick(5.9)  # unheard for longer than a lease, and within what it was promised
+    assert again.counts["expired_members"] == 0
+    again.tick(6.1)
+    assert again.counts["expired_members"] == 1
+    crashed = SequencerCore(core.settings, epoch=20, previous=EPOCH, now=2.0, promised_until=6.0)
+    crashed.tick(5.9)
+    assert crashed.recovering  # a holder that is cut off may still count on its turns
+    crashed.tick(6.0)
+    assert not crashed.recovering
+
+
+def test_a_promised_turn_that_another_process_took_over_stays_in_doubt() -> None:
+    core = serving()
+    hello(core, "a")
+    request(core, "a", 1)
+    core.pause(1.0, 5.0)
+    again = restarted(core)
+    hello(again, "b", now=1.5)
+    hello(again, "a", boot=2, now=1.5)
+    for now, over in ((5.9, 0), (6.1, 1)):
+        hello(again, "b", sequence=int(now * 10), epoch=EPOCH, now=now - 0.1)
+        again.tick(now)
+        assert state(again, "b", now).floor == over
+
+
+def test_turns_are_not_kept_while_collecting_nor_taken_up_with_other_settings() -> None:
+    assert SequencerCore(SequencerSettings(), epoch=2, previous=1, now=0.0).keep() is None
+    kept = serving().keep()
+    assert kept is not None
+    with pytest.raises(ValueError, match="settings: got others"):
+        SequencerCore.resume(SequencerSettings(lease_s=0.5), kept)
 
 
 def test_only_the_holder_finishes_an_id() -> None:

@@ -39,6 +39,7 @@ EXAMPLES: dict[str, wire.Message] = {
     "turn-state": wire.State(DOMAIN, 1700000001, 2, 3, 38, 48, 0b10, 0b1, 0b100),
     "turn-beat": wire.Beat(DOMAIN, 1700000001, 10),
     "turn-epoch": wire.EpochChange(DOMAIN, 1700000001),
+    "turn-pause": wire.Pause(DOMAIN, 1700000001, 10, 5000),
     "turn-error": wire.Error(DOMAIN, wire.ERROR_BUSY, 5, "too many ids outstanding"),
 }
 
@@ -103,6 +104,7 @@ messages = st.one_of(
     st.builds(wire.Tickets, u64, u64, classes, ids, st.integers(1, 4096), u32, st.integers(0, 9)),
     states(),
     st.builds(wire.Beat, u64, u64, u32),
+    st.builds(wire.Pause, u64, u64, u32, u32),
     st.builds(wire.EpochChange, u64, u64),
     st.builds(wire.Error, u64, st.sampled_from(wire.ERROR_CODES), u32, names),
 )

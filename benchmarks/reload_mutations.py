@@ -43,6 +43,7 @@ from intentd.daemons.kit.admin import AdminRefusedError
 from intentd.daemons.kit.config import InvalidConfigError, parse_config
 
 ROLES: Final = ("controller", "sequencer", "agent", "gpu", "proxy")
+BASE: Final = "base"  # the kind of a file that is not mutated
 Table = dict[str, Any]
 
 
@@ -328,7 +329,9 @@ class Campaign:
         self.site = site
         self.rng = random.Random(seed)
         self.lies: list[dict[str, Any]] = []
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # mutated files, by kind and outcome
+        self.unmutated: Counter[str] = Counter()  # each role's own file again, at the end
+        self.validation_raised = self.internal_errors = 0
         self.reasons: Counter[str] = Counter()
         self.running: dict[str, Any] = {}
         self.models = {role: daemon_class(role).config_model for role in ROLES}
@@ -354,7 +357,7 @@ class Campaign:
             if number % 200 == 199:
                 say(f"{role}: {number + 1} of {count}, {len(self.lies)} lies of all so far")
         source = toml(self.site.tables[role]).encode()  # it still takes what is right
-        await self._one(role, "base", source, by_signal=False)
+        await self._one(role, BASE, source, by_signal=False)
 
     async def _one(self, role: str, kind: str, source: bytes, *, by_signal: bool) -> None:
         service = self.site.services[role]
@@ -364,17 +367,21 @@ class Campaign:
         except InvalidConfigError:
             wanted = None
         except Exception as error:  # noqa: BLE001  the daemon must refuse this too
-            self.counts["validation raised"] += 1
+            self.validation_raised += 1
             self.lies.append({"role": role, "kind": kind, "validation": repr(error)[:200]})
             wanted = None
         if role == "proxy" and wanted is not None and not _serves(wanted):
             self.site.unserving = True
         taken, reason = await (self._hang_up(role) if by_signal else self._ask(role))
-        self.counts[f"{kind}: {'taken' if taken else 'refused'}"] += 1
-        if taken is not None and not taken:
+        outcome = "taken" if taken else "refused"
+        if kind == BASE:
+            self.unmutated[outcome] += 1
+        else:
+            self.counts[f"{kind}: {outcome}"] += 1
+        if not taken:
             self.reasons[reason.split(": got")[0][:60]] += 1
         if reason.startswith("internal error"):
-            self.counts["internal error"] += 1
+            self.internal_errors += 1
             self.lies.append({"role": role, "kind": kind, "reason": reason[:200]})
         now = await self._config(role)
         expected = wanted if taken else self.running[role]
@@ -472,13 +479,18 @@ async def campaign(count: int, seed: int, base: Path) -> dict[str, Any]:
         site.close()
         await provider.stop()
     failed = sum(site.failures.values())
+    taken = sum(n for name, n in made.counts.items() if name.endswith(": taken"))
+    refused = made.counts.total() - taken
     return {
         "seed": seed,
         "configurations": count,
         "seconds": round(time.monotonic() - began, 1),
         "outcomes": dict(sorted(made.counts.items())),
-        "taken": sum(n for name, n in made.counts.items() if name.endswith(": taken")),
-        "refused": sum(n for name, n in made.counts.items() if name.endswith(": refused")),
+        "taken": taken,
+        "refused": refused,
+        "unmutated": dict(made.unmutated),
+        "validation_raised": made.validation_raised,
+        "internal_errors": made.internal_errors,
         "lies": len(made.lies),
         "lies_shown": made.lies[:20],
         "served": dict(site.served),
@@ -488,7 +500,12 @@ async def campaign(count: int, seed: int, base: Path) -> dict[str, Any]:
         "handled_errors": errors,
         "ready_at_the_end": states,
         "refused_settings": len(made.reasons),
-        "ok": not made.lies and not failed and not ended and all(states.values()),
+        "ok": not made.lies
+        and not failed
+        and not ended
+        and all(states.values())
+        and taken + refused == count
+        and made.unmutated == {"taken": len(ROLES)},
     }
 
 

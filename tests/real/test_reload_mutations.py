@@ -14,6 +14,8 @@ async def test_reloads_neither_break_nor_lie(tmp_path: Path) -> None:
     found = await campaign(100, 20_000, tmp_path)
     assert found["ok"], found
     assert found["crashes"] == found["dropped"] == found["lies"] == 0
+    assert found["taken"] + found["refused"] == sum(found["outcomes"].values()) == 100
+    assert found["unmutated"] == {"taken": 5}
     assert found["taken"] > 10
     assert found["refused"] > 10
     assert found["handled_errors"] == {}

@@ -133,9 +133,7 @@ class Pages:
             "prompts": self._controller.prompts.describe(),
             "days": days,
             "books": books,
-            "keepers": [
-                row["member"] for row in books if any(row["answer"] is one for one in own)
-            ],
+            "keepers": [row["member"] for row in books if any(row["answer"] is one for one in own)],
             "spend": shapes.spend(own),
             "types": types,
             "proxies": [row["member"] for row in books if not row["error"]],

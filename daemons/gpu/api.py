@@ -88,7 +88,9 @@ class Api:
             except UnknownJobError as error:
                 return json_response({"error": str(error)}, 404)
             except NotAllowedError as error:
-                return json_response({"error": f"{error}; a token of that name or of role admin may"}, 403)
+                return json_response(
+                    {"error": f"{error}; a token of that name or of role admin may"}, 403
+                )
             except StoreError as error:
                 return json_response({"error": str(error)}, 507)
             except InputError as error:

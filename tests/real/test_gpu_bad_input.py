@@ -38,7 +38,8 @@ class Scheduler:
         self.config = base / "gpu.toml"
         self.config.write_text(
             f'state_dir = "{state}"\nrun_dir = "{base}/run"\n[controller]\nenabled = false\n'
-            f'[status]\nbind = "127.0.0.1:0"\ntokens = ["{TOKEN_HASH}", "operate:{OPERATOR_HASH}"]\n'
+            f'[status]\nbind = "127.0.0.1:0"\n'
+            f'tokens = ["{TOKEN_HASH}", "operate:{OPERATOR_HASH}"]\n'
             '[jobs]\nexecutor = "sim"\nquotas = { alice = 2 }\nnodes = [\n'
             '  { name = "a", gpus = 4, gpu_type = "v100" },\n'
             '  { name = "b", gpus = 4, gpu_type = "k80" },\n]\n'

@@ -106,8 +106,8 @@ class Nobody:
 
     def forget(self, job: int) -> None: ...
 
-    def output(self, job: int) -> list[Path]:
-        return []
+    def output(self, job: int) -> Path | None:
+        return None
 
     async def close(self) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import tomllib
 from datetime import datetime
@@ -18,6 +19,7 @@ from intentd.daemons.ctl.reach import admin_client
 
 app = typer.Typer(help="GPU jobs: submit, predict, watch, explain, cancel.", no_args_is_help=True)
 FOLLOW_S = 0.5
+OVER = ("finished", "failed", "cancelled")
 MAX_FILE_BYTES = 1 << 20
 
 JobArgument = Annotated[int, typer.Argument(help="Number of the job.")]
@@ -189,24 +191,32 @@ def logs(
     tail_bytes: Annotated[int, typer.Option(min=0, help="Only the last so many bytes.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """What the job printed."""
+    """What the job printed. With --follow and --json one document a piece, as it comes."""
     client = admin_client("gpu")
     offset = -tail_bytes if tail_bytes else 0
     pieces: list[str] = []
+    dropped, until = 0, None
     while True:
         answer = client.call("jobs.logs", job=job, offset=offset)
-        if as_json:
-            pieces.append(answer["text"])
-        else:
+        offset, dropped = answer["next"], dropped + answer["dropped"]
+        until = answer["end"] if until is None else until
+        over = answer["state"] in OVER and not answer["text"]
+        if not as_json:
+            if answer["dropped"]:
+                message(f"({answer['dropped']} bytes that were printed here are no longer kept)")
             print(answer["text"], end="", flush=True)
-        offset = answer["next"]
-        if answer["text"]:
-            continue
-        if not follow or answer["state"] in ("finished", "failed", "cancelled"):
+        elif not follow:
+            pieces.append(answer["text"])
+        elif answer["text"] or over:
+            print_json({"job": job, **answer})
+            sys.stdout.flush()
+        if over or (not follow and (offset >= until or not answer["text"])):
             break
-        time.sleep(FOLLOW_S)
-    if as_json:
-        print_json({"job": job, "text": "".join(pieces), "state": answer["state"]})
+        if not answer["text"]:
+            time.sleep(FOLLOW_S)
+    if as_json and not follow:
+        state = answer["state"]
+        print_json({"job": job, "text": "".join(pieces), "dropped": dropped, "state": state})
 
 
 @app.command()

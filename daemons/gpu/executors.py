@@ -63,8 +63,8 @@ class Executor(Protocol):
     def forget(self, job: int) -> None:
         """The job's records are gone: remove its files."""
 
-    def output(self, job: int) -> list[Path]:
-        """Files of its output, older first."""
+    def output(self, job: int) -> Path | None:
+        """The file its output goes to (see ``supervisor.Output``), which need not be there."""
 
     async def close(self) -> None:
         """Runs go on."""
@@ -112,8 +112,8 @@ class SimExecutor:
     def forget(self, job: int) -> None:
         """There are no files."""
 
-    def output(self, job: int) -> list[Path]:
-        return []
+    def output(self, job: int) -> Path | None:
+        return None
 
     async def close(self) -> None:
         for task in self._runs.values():
@@ -204,9 +204,8 @@ class LocalExecutor:
         self._owners.pop(job, None)
         self._pool.submit(self._hands.forget, self._base / str(job))
 
-    def output(self, job: int) -> list[Path]:
-        where = self._base / str(job)
-        return [where / "output.1.log", where / "output.log"]
+    def output(self, job: int) -> Path | None:
+        return self._base / str(job) / "output.log"
 
     async def close(self) -> None:
         await self._loop.run_in_executor(None, self._pool.shutdown)

@@ -168,8 +168,17 @@ def scope(run: Path) -> list[str]:
 
 
 def read_own(path: Path, limit: int = MAX_FILE_BYTES, offset: int = 0) -> bytes:
-    """A piece of a file of a job. Its owner may have put anything there: only a plain file that
-    belongs to whom the job's directory belongs to is read. Raises OSError.
+    """A piece of a file of a job (``open_own``). Raises OSError."""
+    descriptor = open_own(path)
+    try:
+        return os.pread(descriptor, limit, offset)
+    finally:
+        os.close(descriptor)
+
+
+def open_own(path: Path) -> int:
+    """A descriptor for reading a file of a job. Its owner may have put anything there: only a plain
+    file that belongs to whom the job's directory belongs to is opened. Raises OSError.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags)
@@ -179,9 +188,10 @@ def read_own(path: Path, limit: int = MAX_FILE_BYTES, offset: int = 0) -> bytes:
         mine = all(where.lstat().st_uid == found.st_uid for where in above)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or not mine:
             raise PermissionError(f"{path}: not a plain file of the job's owner")
-        return os.pread(descriptor, limit, offset)
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -179,9 +179,8 @@ class RayExecutor:
         self._outputs.pop(job, None)
         shutil.rmtree(self._base / str(job), ignore_errors=True)
 
-    def output(self, job: int) -> list[Path]:
-        where = self._base / str(job)
-        return [where / "output.1.log", where / "output.log"]
+    def output(self, job: int) -> Path | None:
+        return self._base / str(job) / "output.log"
 
     async def close(self) -> None:
         """The driver goes; slots and runs stay."""

@@ -15,7 +15,7 @@ from intentd.core.jobs.job import OVER, Instruction, Job, State
 from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.predictor import Prediction
 from intentd.core.jobs.spec import MAX_ARRAY, JobSpec, spec_from_plain
-from intentd.daemons.gpu.hands import read_own
+from intentd.daemons.gpu.outputs import Kept, decode, read_output
 from intentd.daemons.gpu.scheduler import Scheduler
 
 MAX_PAGE: Final = 10_000
@@ -172,25 +172,27 @@ class Service:
         return {"job": row["id"]}
 
     def logs(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """A piece of a job's output. args: offset (bytes since the first kept; negative: from the
-        end), limit. Its owner and the trusted alone."""
+        """A piece of a job's output. args: offset (bytes since the job's first; negative: from the
+        end), limit. Its owner and the trusted alone. ``dropped``: bytes from the offset on that are
+        no longer kept; ``next``: the offset to ask for then; ``end``: bytes written so far. Pieces
+        end between characters: one cut short waits for its rest, or for the job's end."""
         row = self._find(args)
         if not self._may(row, caller):
             raise NotAllowedError(f"job {row['id']}: belongs to {row['spec']['owner']}")
         offset = _number(args, "offset", 0, -(2**53), 2**53)
         limit = _number(args, "limit", MAX_LOG_BYTES, 1, MAX_LOG_BYTES)
         executor = self.scheduler.executor
-        files = executor.output(row["id"]) if executor is not None else []
-        sizes = [_size(path) for path in files]
-        offset = max(0, sum(sizes) + offset) if offset < 0 else offset
-        data, at = b"", offset
-        for path, size in zip(files, sizes, strict=True):
-            if at < size and len(data) < limit:
-                data += _piece(path, at, limit - len(data))
-            at = max(0, at - size)
+        path = executor.output(row["id"]) if executor is not None else None
+        kept = read_output(path, offset, limit) if path is not None else Kept(b"", 0, 0)
+        over = row["state"] in {state.value for state in OVER}
+        at_end = kept.at + len(kept.data) >= kept.end
+        text, used = decode(kept.data, final=over and at_end)
         return {
-            "text": data.decode("utf-8", "replace"),
-            "next": offset + len(data),
+            "text": text,
+            "offset": kept.at,
+            "next": kept.at + used,
+            "dropped": max(0, kept.at - offset) if offset >= 0 else 0,
+            "end": kept.end,
             "state": row["state"],
         }
 
@@ -310,20 +312,6 @@ def _check_account(owner: str) -> None:
         raise InputError("owner", owner, "a user of this host: jobs run as their owners") from None
     if uid == 0:
         raise InputError("owner", owner, "a user other than root")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
-
-
-def _piece(path: Path, offset: int, limit: int) -> bytes:
-    try:
-        return read_own(path, limit, offset)
-    except OSError:  # rotated away meanwhile, or not a file of the job's owner
-        return b""
 
 
 def _number(args: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:

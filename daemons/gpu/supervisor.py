@@ -29,6 +29,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CLAIMED, CANNOT_RUN = 3, 4
 CHUNK = 1 << 16
+OFFSET_DIGITS = 20
 LINGER_S = 1.0  # how long output of what the command left behind is read
 
 
@@ -62,29 +63,67 @@ def claim(run: Path, who: str) -> bool:
     return True
 
 
+def older(path: Path) -> list[tuple[int, Path]]:
+    """What an output had written before its present file, oldest first: the offset in bytes since
+    the first run's start that each file begins at, and the file."""
+    found = []
+    for name in os.listdir(path.parent):
+        number = name.removeprefix(f"{path.stem}.").removesuffix(".log")
+        if name == f"{path.stem}.{number}.log" and number.isascii() and number.isdecimal():
+            if len(number) == OFFSET_DIGITS:
+                found.append((int(number), path.with_name(name)))
+            elif number == "1":  # as versions before offsets named the one older file
+                found.append((0, path.with_name(name)))
+    return sorted(found)
+
+
 class Output:
-    """Appends to a file; a full one becomes the older half, so that at most twice max_bytes are
-    kept. What the disk refuses is dropped and counted: a full disk must not stop the job."""
+    """Appends to a file. A full one is renamed after the offset it begins at (``older``) and one
+    such is kept, so that at most twice max_bytes are, and who reads knows which. What the disk
+    refuses is dropped and counted, and the next write tries again: a full disk must not stop the
+    job. The first open raises OSError."""
 
     def __init__(self, path: Path, max_bytes: int, mode: int = 0o600) -> None:
         self.path, self.max_bytes, self.dropped, self._mode = path, max_bytes, 0, mode
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
-        self._size = os.fstat(self._file).st_size
+        self._file = -1
+        self._open()
+        before = older(path)
+        self._start = before[-1][0] + before[-1][1].lstat().st_size if before else 0
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
     def write(self, data: bytes) -> None:
+        left = memoryview(data)
         try:
-            if self._size >= self.max_bytes:
-                os.replace(self.path, self.path.with_suffix(".1.log"))
-                os.close(self._file)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                self._file = os.open(self.path, flags, self._mode)
-                self._size = 0
-            self._size += os.write(self._file, data)
+            if self._file >= 0 and self._size >= self.max_bytes:
+                self._rotate()
+            if self._file < 0:
+                self._open()
+            while left:
+                written = os.write(self._file, left)
+                self._size += written
+                left = left[written:]
         except OSError:
-            self.dropped += len(data)
+            self.dropped += len(left)
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(self.path, flags, self._mode)
+        self._size = os.fstat(self._file).st_size
+
+    def _rotate(self) -> None:
+        """Leaves no open file; the offset of the next one is known before it is there."""
+        number = f"{self._start:0{OFFSET_DIGITS}}"
+        full = self.path.with_name(f"{self.path.stem}.{number}.log")
+        os.replace(self.path, full)
+        self._start += self._size
+        self.close()
+        for _, path in older(self.path):
+            if path != full:
+                path.unlink(missing_ok=True)
 
 
 class Run:

@@ -39,8 +39,8 @@ class Recorder:
 
     def forget(self, job: int) -> None: ...
 
-    def output(self, job: int) -> list[Path]:
-        return []
+    def output(self, job: int) -> Path | None:
+        return None
 
     async def close(self) -> None: ...
 

@@ -93,8 +93,8 @@ def cascade(data: Path, embed: Any) -> dict[str, Any]:
     lost, prompts = {}, {}
     for name, file, dear, bar in CASCADES:
         train = rows_of(data, "routing", file, "train")
-        compared, model, chosen = prompts_cascade.choose_compared(
-            train, SMALL, CHEAP, dear, max_loss=MAX_LOSS
+        compared, model, chosen = prompts_cascade.choose_within(
+            train, SMALL, CHEAP, dear, max_loss=MAX_LOSS, max_cost_share=bar * COST_MARGIN
         )
         reported = rows_of(data, "routing", file, "dev")
         test = prompts_cascade.replay_of(reported, SMALL, compared, dear)
@@ -104,7 +104,8 @@ def cascade(data: Path, embed: Any) -> dict[str, Any]:
         found["chosen_on"] = chosen
         found["met"] = found["cost_share"] <= bar
         result[name] = found
-        found["within_cost"] = within_cost(train, reported, dear, bar)
+        found["by_loss"] = by_loss(train, reported, dear)
+        found["by_cost"] = by_cost(train, reported, dear, bar)
         found["curve"] = prompts_cascade.curve(prompts_cascade.doubts(model.agreement, test), test)
         gain = test.quality_second - test.quality_first
         lost[name], prompts[name] = np.where(escalated, 0.0, gain), test.prompts
@@ -114,11 +115,28 @@ def cascade(data: Path, embed: Any) -> dict[str, Any]:
     return result
 
 
-def within_cost(train: Any, reported: Any, dear: str, bar: float) -> dict[str, Any]:
-    """The same cascade chosen the other way about: the least loss within a share of the cost."""
-    compared, model, chosen = prompts_cascade.choose_within_cost(
-        train, SMALL, CHEAP, dear, max_cost_share=bar * COST_MARGIN
+def by_loss(train: Any, reported: Any, dear: str) -> dict[str, Any]:
+    """The same cascade bound by loss alone: the least cost within it."""
+    return shortly(
+        prompts_cascade.choose_compared(train, SMALL, CHEAP, dear, max_loss=MAX_LOSS),
+        reported,
+        dear,
     )
+
+
+def by_cost(train: Any, reported: Any, dear: str, bar: float) -> dict[str, Any]:
+    """The same cascade bound by cost alone: the least loss within it."""
+    return shortly(
+        prompts_cascade.choose_within_cost(
+            train, SMALL, CHEAP, dear, max_cost_share=bar * COST_MARGIN
+        ),
+        reported,
+        dear,
+    )
+
+
+def shortly(made: Any, reported: Any, dear: str) -> dict[str, Any]:
+    compared, model, chosen = made
     test = prompts_cascade.replay_of(reported, SMALL, compared, dear)
     escalated = prompts_cascade.doubts(model.agreement, test) >= model.threshold
     found = prompts_cascade.score_cascade(np.asarray(escalated), test)

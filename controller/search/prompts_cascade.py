@@ -231,6 +231,30 @@ def choose_within_cost(
     return compared, model, {"folds": FOLDS, "max_cost_share": max_cost_share, **told}
 
 
+def choose_within(
+    rows: Sequence[Mapping[str, Any]],
+    first: str,
+    candidates: Sequence[str],
+    second: str,
+    *,
+    most: int = 2,
+    max_loss: float,
+    max_cost_share: float,
+    seed: int = 0,
+) -> tuple[tuple[str, ...], TrainedCascade, dict[str, Any]]:
+    """The least cost within max_loss where that costs at most the share; else, since it is not to
+    be had at that price, the least loss within the share. By folds of rows."""
+    cheapest = choose_compared(
+        rows, first, candidates, second, most=most, max_loss=max_loss, seed=seed
+    )
+    share, lost = cheapest[2]["cost_share"], cheapest[2]["loss"]
+    if share <= max_cost_share and lost <= max_loss:
+        return cheapest
+    return choose_within_cost(
+        rows, first, candidates, second, most=most, max_cost_share=max_cost_share, seed=seed
+    )
+
+
 def pooled_loss(
     lost: Mapping[str, Array], prompts: Mapping[str, Sequence[str]], *, draws: int = 2000, seed: int
 ) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from intentd.core.prompts.cache.gate import GateModel
 from intentd.core.prompts.cascade import AgreementModel, TrainedCascade
 from intentd.core.prompts.chooser import ChooserModel
 from intentd.core.prompts.router import RouterModel, TermWeights, Trees
+from intentd.core.prompts.shape import SHAPE_COUNT
 
 FORMAT: Final = "intentd-prompts-model"
 VERSION: Final = 1
@@ -235,6 +236,7 @@ def _pack_router(model: RouterModel) -> tuple[Plain, dict[str, npt.NDArray[Any]]
         "least_similarity": model.least_similarity,
         "labels": model.labels,
         "heads": len(model.text_intercepts),
+        "linears": model.linear.shape[1],
     }
     arrays: dict[str, npt.NDArray[Any]] = {
         # a term's place is its place in the list of terms
@@ -258,13 +260,13 @@ def _pack_router(model: RouterModel) -> tuple[Plain, dict[str, npt.NDArray[Any]]
 
 
 def _unpack_router(body: _Body) -> RouterModel:
-    heads = body.count("heads", 64)
+    heads, linears = body.count("heads", 64), body.count("linears", 64)
     terms = body.texts("terms")
     middle = body.array("middle", -1)
     components = body.array("components", len(middle), -1)
-    width = components.shape[1] + router.SHAPE_COUNT
+    width = components.shape[1] + SHAPE_COUNT
     seen = body.array("seen", -1, len(middle), dtype=np.float32)
-    columns = 3 * heads + 1
+    columns = 2 * heads + linears + 1
     scale = body.array("stack.scale", columns)
     dense_scale = body.array("dense.scale", width)
     _expect(bool((scale > 0).all() and (dense_scale > 0).all()), "scale", "<= 0", "scales > 0")
@@ -283,7 +285,7 @@ def _unpack_router(body: _Body) -> RouterModel:
         components=components,
         dense_mean=body.array("dense.mean", width),
         dense_scale=dense_scale,
-        linear=body.array("linear", width + 1, heads),
+        linear=body.array("linear", width + 1, linears),
         trees=tuple(body.trees(f"trees{number}", width) for number in range(heads)),
         seen=seen,
         seen_gain=body.array("seen_gain", len(seen)),

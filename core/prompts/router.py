@@ -1,10 +1,10 @@
 """The learned router: what the dear model is expected to gain over the cheap one on a prompt.
 
-Inference alone, on arrays that `controller.search.prompts_routing` fitted: four heads (linear over
+Inference alone, on arrays that `controller.search.prompts_routing` fitted: five heads (linear over
 TF-IDF terms, linear and boosted trees over an embedding's main components and the prompt's shape,
-neighbours) foretell the gain; a weighted sum makes one gain of them. A prompt unlike all that was
-learned from gets the mean gain and is told as not known: routers do not carry over between kinds
-of prompts (measured: worse than a coin).
+linear over what is asked at its end, neighbours) foretell the gain; a weighted sum makes one gain
+of them. A prompt unlike all that was learned from gets the mean gain and is told as not known:
+routers do not carry over between kinds of prompts (measured: worse than a coin).
 """
 
 from __future__ import annotations
@@ -22,22 +22,12 @@ import numpy.typing as npt
 
 from intentd.core.errors import InputError
 from intentd.core.prompts.effects import Prediction
+from intentd.core.prompts.shape import MAX_CHARS, shape
 
 Array = npt.NDArray[np.float64]
 Embedder = Callable[[Sequence[str]], npt.NDArray[Any]]
 
 _TERM: Final = re.compile(r"\w\w+")
-_NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
-_NEGATION: Final = re.compile(r"\b(?:not|except|never|no)\b", re.IGNORECASE)
-_ARITHMETIC: Final = re.compile(
-    r"\b(?:each|every|per|times|twice|half|total|left|remaining|more than|less than)\b",
-    re.IGNORECASE,
-)
-_OPTION: Final = re.compile(r"^[(]?[A-J][.)] ?(.*)$", re.MULTILINE)
-_YEAR: Final = re.compile(r"\b(?:1[5-9]|20)\d\d\b")
-_CASE: Final = re.compile(r"\b(?:he|she|patient|year-old)\b", re.IGNORECASE)
-MAX_CHARS: Final = 20_000
-SHAPE_COUNT: Final = 36
 
 
 def terms(prompt: str) -> Counter[str]:
@@ -46,65 +36,6 @@ def terms(prompt: str) -> Counter[str]:
     counted = Counter(words)
     counted.update(f"{a} {b}" for a, b in itertools.pairwise(words))
     return counted
-
-
-def shape(prompt: str) -> list[float]:
-    """SHAPE_COUNT numbers on how a prompt looks: length, numbers, marks, negation, its options."""
-    text = prompt[:MAX_CHARS]
-    words = text.split()
-    numbers = [float(one) for one in _NUMBER.findall(text)]
-    chars = max(1, len(text))
-    return [
-        float(len(text)),
-        float(len(words)),
-        float(len(numbers)),
-        float(text.count("\n")),
-        sum(char.isdigit() for char in text) / chars,
-        sum(char.isupper() for char in text) / chars,
-        float(text.count("?")),
-        float(text.count("$")),
-        float(text.count("%")),
-        float(len(_NEGATION.findall(text))),
-        sum(map(len, words)) / max(1, len(words)),
-        len(set(words)) / max(1, len(words)),
-        float(len(_ARITHMETIC.findall(text))),
-        float(max(numbers, default=0.0) < 1000),
-        float(text.count("/")),
-        float(text.count("_")),
-        float("|" in text),
-        *_options_shape(text),
-    ]
-
-
-def _options_shape(text: str) -> list[float]:
-    """How the question and its lettered options look; a prompt without options has none."""
-    options = _OPTION.findall(text)
-    stem = _OPTION.split(text, maxsplit=1)[0] if options else text
-    low, ending = text.lower(), stem.rstrip()
-    lengths = [len(option) for option in options] or [0]
-    mean = sum(lengths) / len(lengths)
-    words = " ".join(options).lower().split()
-    return [
-        float(len(stem)),
-        mean,
-        float(max(lengths)),
-        float(min(lengths)),
-        math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths)),
-        float(sum(option.lstrip("-$ ")[:1].isdigit() for option in options)),
-        float("statement 1" in low),
-        float("which of the following" in low),
-        float(ending.endswith("?")),
-        float(ending.endswith(":")),
-        float("__" in text),
-        float(text.count("\\")),
-        sum(char in "=+^*<>" for char in text) / max(1, len(text)),
-        float("following" in low),
-        len(set(words)) / max(1, len(words)),
-        float(stem.count(".")),
-        float(any(o.lower().startswith(("all of", "none of", "both")) for o in options)),
-        float(len(_YEAR.findall(text))),
-        float(bool(_CASE.search(text))),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +112,10 @@ class RouterModel:
     """Everything that was fitted for one pair of models.
 
     components: (dimensions, kept) main components of embeddings about `middle`. linear: weights of
-    the standardized dense features, (features + 1, heads), the last row the intercept. stack: one
-    weight a column of all heads, standardized by stack_mean and stack_scale. seen: embeddings of
-    the prompts learned from, with their gains. least_similarity: below it a prompt is unknown.
+    the standardized dense features, (features + 1, linear heads), the last row the intercept.
+    stack: one weight a column of all heads, standardized by stack_mean and stack_scale. seen:
+    embeddings of the prompts learned from, with their gains. least_similarity: below it a prompt is
+    unknown.
     """
 
     weak: str

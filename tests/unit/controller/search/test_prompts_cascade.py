@@ -51,3 +51,15 @@ def test_the_least_loss_within_a_cost() -> None:
     assert shares[1] < shares[0]
     with pytest.raises(InputError, match="max_cost_share"):
         study.choose_within_cost(given, "cheap", ["other"], "dear", max_cost_share=0.01)
+
+
+def test_a_loss_that_is_not_to_be_had_at_the_price_gives_way_to_the_price() -> None:
+    given = rows(300)
+    models = ("cheap", ["noise", "other"], "dear")
+    cheapest = study.choose_compared(given, *models, max_loss=0.03)
+    share = cheapest[2]["cost_share"]
+    dear_enough = study.choose_within(given, *models, max_loss=0.03, max_cost_share=share + 0.01)
+    assert dear_enough == cheapest
+    bound = study.choose_within(given, *models, max_loss=0.03, max_cost_share=share - 0.1)
+    assert bound == study.choose_within_cost(given, *models, max_cost_share=share - 0.1)
+    assert bound[2]["loss"] > 0.03

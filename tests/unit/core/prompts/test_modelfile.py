@@ -17,7 +17,8 @@ from intentd.core.prompts import chooser
 from intentd.core.prompts.cache import gate
 from intentd.core.prompts.cascade import PRIOR_AGREEMENT, TrainedCascade
 from intentd.core.prompts.modelfile import HEADER, decode_model, encode_model, load_router
-from intentd.core.prompts.router import SHAPE_COUNT, RouterModel, TermWeights, Trees
+from intentd.core.prompts.router import RouterModel, TermWeights, Trees
+from intentd.core.prompts.shape import SHAPE_COUNT
 
 
 def trees(seed: int, features: int) -> Trees:

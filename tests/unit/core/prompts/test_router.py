@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intentd.core.errors import InputError
-from intentd.core.prompts.router import LearnedRouter, score_routing, shape, terms
+from intentd.core.prompts.router import LearnedRouter, score_routing, terms
+from intentd.core.prompts.shape import ASKED, SHAPE_COUNT, shape
 
 FITS = all(importlib.util.find_spec(name) for name in ("lightgbm", "scipy"))
 
@@ -45,9 +46,24 @@ def test_curves_start_at_nothing_and_end_at_everything(rows: list[tuple[bool, bo
 
 @given(st.text(max_size=300))
 def test_every_text_has_a_shape(text: str) -> None:
-    assert len(shape(text)) == len(shape(""))
+    assert len(shape(text)) == SHAPE_COUNT
     assert np.isfinite(shape(text)).all()
     assert all(count > 0 for count in terms(text).values())
+
+
+def test_what_is_asked_at_the_end_is_seen_apart_from_the_story() -> None:
+    story = "He picks 8 apples and 9 pears a day, and sells them at $2.50 a bag."
+    plain = shape(f"{story} How many does he pick?")[ASKED]
+    named = shape(f"{story} How many does he pick in 30 days?")[ASKED]
+    # a number, one of them, a bare one, near the end; a time, a time with a number
+    changed = [place for place in range(len(plain)) if plain[place] != named[place]]
+    assert changed == [0, 1, 2, 3, 11, 12]
+    assert shape(f"{story} How much does he earn?")[ASKED][4:6] == [1.0, 1.0]  # cents, asked for
+
+
+@pytest.mark.parametrize("text", ["if " * 9000, "$" * 20_000, "9," * 9000, "? " * 9000, "1" * 400])
+def test_odd_texts_have_a_shape_too(text: str) -> None:
+    assert np.isfinite(shape(text)).all()
 
 
 def embed(texts: Sequence[str]) -> Any:

@@ -205,8 +205,9 @@ class Batch:
         parent = self.exchange
         await self.pace(parent.key)
         exchange = Exchange(
-            f"{parent.request_id}.{number}", parent.key, self.clock.now(), self.clock.wall()
-        )
+            f"{parent.request_id}.{number}", parent.key, self.clock.now(), self.clock.wall(),
+            client_request_id=parent.client_request_id,
+        )  # fmt: skip
         exchange.path = parent.path
         named = {**cell.named(), "id": exchange.request_id}
         error: ApiError | None = None

@@ -133,7 +133,11 @@ class Step:
 
 @dataclass(slots=True)
 class Exchange:
-    """A request from its arrival to its answer; ``document`` is the metadata everyone gets."""
+    """A request from its arrival to its answer; ``document`` is the metadata everyone gets.
+
+    request_id: ours, never given twice. client_request_id: the client's own, which it may use as
+    often as it likes: told and searched for, the key of nothing.
+    """
 
     request_id: str
     key: Key
@@ -158,6 +162,7 @@ class Exchange:
     trace: Trace | None = None
     rules: tuple[BudgetRule, ...] = ()
     sequence: int = 0  # in its conversation
+    client_request_id: str = ""
 
     @property
     def cost_nano(self) -> int:
@@ -185,9 +190,9 @@ class Exchange:
             calls = [step.to_plain() for step in self.steps]
             if self.sequence:
                 plain["context"]["sequence"] = self.sequence
-            return {**plain, "request_id": self.request_id, "models": calls, **whole}
+            return {**plain, **self._ids(), "models": calls, **whole}
         return {
-            "request_id": self.request_id,
+            **self._ids(),
             "service_type": self.service_type,
             "model": self.model,
             "models": [step.to_plain() for step in self.steps],
@@ -195,6 +200,12 @@ class Exchange:
             "cache": {"result": "off"},
             **whole,
         }
+
+    def _ids(self) -> dict[str, str]:
+        ids = {"request_id": self.request_id}
+        if self.client_request_id:
+            ids["client_request_id"] = self.client_request_id
+        return ids
 
     def encode(self) -> bytes:
         """The document as JSON, built once: it goes into the answer and into the log."""

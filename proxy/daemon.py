@@ -44,7 +44,7 @@ from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError
 from intentd.proxy.feedback import FeedbackBook
 from intentd.proxy.handover import Server
-from intentd.proxy.keys import Key, Keys
+from intentd.proxy.keys import CACHE_KEY, Keys
 from intentd.proxy.learned import load_learned
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.routing import Foreteller, Routing, explain_route, load_routing
@@ -57,8 +57,6 @@ from intentd.proxy.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
-# who pays for what no request asked for, such as vectors of what was stored before
-CACHE_KEY: Final = Key("cache", "cache", "default")
 LOCK_FILE: Final = "proxy.lock"
 LISTENER: Final = "api"  # names of descriptors that outlive the process
 CONNECTIONS: Final = "api-connection"

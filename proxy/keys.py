@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from intentd.daemons.kit.clock import Clock
 from intentd.proxy.config import budget_limit
 from intentd.proxy.errors import ApiError
 from intentd.proxy.store.base import KeyRow, KeyTable
+
+_log = logging.getLogger(__name__)
 
 PREFIX: Final = "sk-intentd-"
 MAX_KEYS: Final = 100_000
@@ -72,6 +75,12 @@ class Key:
 
 
 ANONYMOUS: Final = Key("anonymous", "anonymous", "default")
+# Whose the prompts of the controller's console are.
+CONSOLE: Final = Key("console", "console", "default")
+# Who pays for what no request asked for, such as vectors of what was stored before.
+CACHE_KEY: Final = Key("cache", "cache", "default")
+# Nobody may hold these: what is kept under them is not an application's to read.
+RESERVED: Final = frozenset(key.name for key in (ANONYMOUS, CONSOLE, CACHE_KEY))
 
 
 def key_hash(token: str) -> str:
@@ -144,9 +153,17 @@ class Keys:
         self._hash_of: dict[str, str] = {}
 
     async def load(self) -> None:
-        """Take the table as it is now. Raises StoreError."""
+        """Take the table as it is now. Raises StoreError.
+
+        A key of an earlier version with a name that is the proxy's own is refused from here on.
+        """
         by_hash: dict[str, Key] = {}
         for row in await self._table.load():
+            if row.name in RESERVED and not row.revoked and row.hashed not in self._by_hash:
+                _log.error(
+                    "key refused: its name is the proxy's own; revoke it and make another",
+                    extra={"key": row.name},
+                )
             grants = read_grants(json.loads(row.grants), f"key:{row.key_id}")
             by_hash[row.hashed] = Key(
                 row.key_id, row.name, row.tenant, grants, row.created_wall_s, row.expires_wall_s,
@@ -169,6 +186,13 @@ class Keys:
             if required or token.startswith(PREFIX):
                 raise ApiError(401, "this API key is not known", code="invalid_api_key")
             return ANONYMOUS
+        if key.name in RESERVED:
+            raise ApiError(
+                401,
+                f"this API key is refused: the name {key.name} is the proxy's own; ask for a key "
+                "with another name",
+                code="invalid_api_key",
+            )
         if key.revoked:
             raise ApiError(401, "this API key was revoked", code="invalid_api_key")
         if key.expires_wall_s is not None and self._clock.wall() >= key.expires_wall_s:
@@ -183,7 +207,9 @@ class Keys:
             raise InputError("name", name, "letters, digits and ._@-, at most 64")
         if not _NAME.match(tenant):
             raise InputError("tenant", tenant, "letters, digits and ._@-, at most 64")
-        if any(key.name == name for key in self._by_hash.values()) or name == ANONYMOUS.name:
+        if name in RESERVED:
+            raise InputError("name", name, f"none of {', '.join(sorted(RESERVED))}")
+        if any(key.name == name for key in self._by_hash.values()):
             raise InputError("name", name, "a name no key has (revoked ones keep theirs)")
         if len(self._by_hash) >= MAX_KEYS:
             raise InputError("keys", len(self._by_hash), f"fewer than {MAX_KEYS}")

@@ -40,7 +40,7 @@ class Batch:
     ended: list[str] = field(default_factory=list)
     dirty: set[str] = field(default_factory=set)
     spend: dict[tuple[str, Purpose], Sums] = field(default_factory=dict)
-    requests: list[tuple[str, str, float, str]] = field(default_factory=list)
+    requests: list[tuple[str, str, float, str, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.opened or self.ended or self.dirty or self.spend or self.requests)
@@ -156,24 +156,28 @@ class Ledger:
             return
         day.add(sums)
 
-    def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
+    def log_request(
+        self, request_id: str, key: str, wall_s: float, document: bytes, client_id: str = ""
+    ) -> None:
         """Put a finished request into the log; dropped and counted while the disk is away."""
         if self.max_rows == 0:
             return
         if len(self._next.requests) >= MAX_UNWRITTEN:
             self.dropped_records += 1
             return
-        self._next.requests.append((request_id, key, wall_s, document.decode()))
+        self._next.requests.append((request_id, key, wall_s, document.decode(), client_id))
 
     async def find_request(self, request_id: str, key: str | None) -> list[str]:
-        """The log's document of a request of this key (None: any), newest first. Raises ApiError
-        503."""
-        sql = (
-            "SELECT document FROM requests WHERE id = ?1 AND (?2 IS NULL OR key = ?2) "
-            "ORDER BY number DESC LIMIT 1"
-        )
+        """The log's document of a request of this key (None: any). Raises ApiError 503."""
+        return await self._find(sqlite.FIND_REQUEST, request_id, key)
+
+    async def find_named(self, client_id: str, key: str | None) -> list[str]:
+        """Those that their client calls so, newest first. Raises ApiError 503."""
+        return await self._find(sqlite.FIND_NAMED, client_id, key)
+
+    async def _find(self, sql: str, *named: str | None) -> list[str]:
         try:
-            rows = await self._store.run(lambda store: store.read(sql, (request_id, key)))
+            rows = await self._store.run(lambda store: store.read(sql, named))
         except StoreError as error:
             raise ApiError(503, f"the request log cannot be read: {error}") from None
         return [row["document"] for row in rows]

@@ -17,10 +17,9 @@ from intentd.core.prompts.request import PipelineError
 from intentd.proxy import native
 from intentd.proxy.answers import answer_document
 from intentd.proxy.errors import ApiError, no_answer
-from intentd.proxy.keys import Key
+from intentd.proxy.keys import CONSOLE
 from intentd.proxy.server import Api
 
-CONSOLE: Final = Key("console", "console", "default")
 MAX_SPEND_ROWS: Final = 1000
 MAX_ACCOUNTS: Final = 200
 MAX_PROMPT: Final = 20_000

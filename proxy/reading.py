@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
+from intentd.core.errors import InputError
 from intentd.proxy import native
 from intentd.proxy.call import Exchange
 from intentd.proxy.dialects.openai_responses import ResponseId
@@ -29,48 +30,82 @@ class RequestLog:
         self.most = most
         self._ledger = ledger
         # Bytes, not objects: thousands of live objects would slow every collection down.
-        self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+        self._recent: OrderedDict[str, tuple[str, bytes, str]] = OrderedDict()
+        # the newest request by (key, the client's own id)
+        self._by_client: dict[tuple[str, str], str] = {}
 
     def keep(self, exchange: Exchange) -> None:
         document = exchange.encode_log()
-        key_id = exchange.key.key_id
-        self._recent[exchange.request_id] = (key_id, document)
-        if len(self._recent) > self.most:
-            self._recent.popitem(last=False)
-        self._ledger.log_request(exchange.request_id, key_id, exchange.wall_s, document)
+        key_id, client_id = exchange.key.key_id, exchange.client_request_id
+        self._recent[exchange.request_id] = (key_id, document, client_id)
+        if client_id:
+            self._by_client[key_id, client_id] = exchange.request_id
+        while len(self._recent) > self.most:
+            name, (owner, _, known_as) = self._recent.popitem(last=False)
+            if known_as and self._by_client.get((owner, known_as)) == name:
+                del self._by_client[owner, known_as]
+        self._ledger.log_request(exchange.request_id, key_id, exchange.wall_s, document, client_id)
 
     async def find(self, request_id: str, key_id: str) -> dict[str, Any] | None:
         """A request of this key; None when there is none. Raises ApiError 503."""
         found = self._recent.get(request_id)
-        if found is not None and found[0] == key_id:
-            raw = found[1]
-        else:
-            rows = await self._ledger.find_request(request_id, key_id)
-            if not rows:
-                return None
-            raw = rows[0].encode()
-        document: dict[str, Any] = orjson.loads(raw)
-        return document
-
-    async def find_any(self, request_id: str) -> dict[str, Any] | None:
-        """A request of whatever key, for operators. Raises ApiError 503."""
-        found = self._recent.get(request_id)
         if found is not None:
-            return await self.find(request_id, found[0])
-        rows = await self._ledger.find_request(request_id, None)
-        document: dict[str, Any] | None = orjson.loads(rows[0]) if rows else None
-        return document
+            return _read(found[1]) if found[0] == key_id else None
+        rows = await self._ledger.find_request(request_id, key_id)
+        return _read(rows[0]) if rows else None
 
-    async def get(self, request_id: str, key_id: str, field: str) -> dict[str, Any]:
-        """Raises ApiError 404 naming the field."""
-        document = await self.find(request_id, key_id)
-        if document is None:
-            raise ApiError(
-                404,
-                f"{field}: got {shown(request_id)}, expected one of this key's requests",
-                param=field,
+    async def search(self, wanted: str, key_id: str) -> dict[str, Any] | None:
+        """A request of this key by its id, else the newest that the client called so. Raises
+        ApiError 503."""
+        document = await self.find(wanted, key_id)
+        if document is not None:
+            return document
+        name = self._by_client.get((key_id, wanted))
+        if name is not None:
+            return _read(self._recent[name][1])
+        rows = await self._ledger.find_named(wanted, key_id)
+        return _read(rows[0]) if rows else None
+
+    async def find_any(self, wanted: str) -> dict[str, Any] | None:
+        """A request of whatever key, for operators; by a client's id where only one has it.
+
+        Raises ApiError 503, and InputError naming the requests of one client's id.
+        """
+        found = self._recent.get(wanted)
+        if found is not None:
+            return _read(found[1])
+        rows = await self._ledger.find_request(wanted, None)
+        if rows:
+            return _read(rows[0])
+        await self._ledger.flush()
+        named = {one["request_id"]: one for one in map(_read, await self._find_named(wanted))}
+        if len(named) > 1:
+            which = ", ".join(f"{name} (key {one['key']})" for name, one in named.items())
+            raise InputError(
+                "id", wanted[:80], f"one of the requests that clients call so: {which}"
             )
-        return document
+        return next(iter(named.values()), None)
+
+    async def _find_named(self, wanted: str) -> list[str | bytes]:
+        recent = [
+            self._recent[name][1] for (_, known_as), name in self._by_client.items()
+            if known_as == wanted
+        ]  # fmt: skip
+        return [*recent, *await self._ledger.find_named(wanted, None)]
+
+
+def no_such_request(request_id: str, field: str) -> ApiError:
+    return ApiError(
+        404,
+        f"{field}: got {shown(request_id)}, expected the id of one of this key's requests "
+        "(intentd.request_id)",
+        param=field,
+    )
+
+
+def _read(raw: str | bytes) -> dict[str, Any]:
+    document: dict[str, Any] = orjson.loads(raw)
+    return document
 
 
 class Reading:
@@ -163,17 +198,22 @@ class Reading:
         self, name: str, _request: web.BaseRequest, exchange: Exchange
     ) -> web.StreamResponse:
         """All there is to a request, for the key that made it: metadata, how it ended, feedback."""
-        document = await self._log.get(name, exchange.key.key_id, "request")
-        document["feedback"] = await self._feedback.find(name, exchange.key.key_id)
+        document = await self._log.search(name, exchange.key.key_id)
+        if document is None:
+            raise no_such_request(name, "request")
+        own = document.get("request_id", name)
+        document["feedback"] = await self._feedback.find(own, exchange.key.key_id)
         if self.followups is not None:
-            document["followups"] = self.followups(exchange.key.key_id, name)
+            document["followups"] = self.followups(exchange.key.key_id, own)
         return json_response(document, exchange)
 
     async def rate(self, raw: bytes, exchange: Exchange) -> web.StreamResponse:
         """A word on an answer of this key."""
         request_id, good, comment = read_feedback(raw)
         key_id = exchange.key.key_id
-        document = await self._log.get(request_id, key_id, "id")
+        document = await self._log.find(request_id, key_id)
+        if document is None:
+            raise no_such_request(request_id, "id")
         await self._feedback.give(Feedback(request_id, key_id, good, "rated", document), comment)
         return json_response({"id": request_id, "rating": "good" if good else "bad"}, exchange)
 

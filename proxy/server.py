@@ -160,7 +160,7 @@ class Api:
 
     def exchange(self, key: Key) -> Exchange:
         """A request of this daemon's own, such as the console's."""
-        return Exchange(_request_id(None), key, self._clock.now(), self._clock.wall())
+        return Exchange(_request_id(), key, self._clock.now(), self._clock.wall())
 
     # -- every request -------------------------------------------------------------------------
 
@@ -168,10 +168,11 @@ class Api:
         """Answer, account, and turn every failure into one OpenAI-shaped error."""
         clock = self._clock
         exchange = Exchange(
-            _request_id(request.headers.get("X-Request-Id")),
+            _request_id(),
             _NOBODY,
             clock.now(),
             clock.wall(),
+            client_request_id=_client_id(request.headers.get("X-Request-Id")),
         )
         if self.tracing is not None:
             exchange.trace_parent = request.headers.get("traceparent", "")
@@ -385,11 +386,13 @@ class Api:
 _NOBODY: Final = Key("", "", "")
 
 
-def _request_id(given: str | None) -> str:
-    """The client's own id where it is one, else a new one."""
-    if given and _REQUEST_ID.match(given):
-        return given
+def _request_id() -> str:
+    """A new one. Never the client's: it may come twice, by a retry or a fixed header."""
     return f"req_{_BOOT}{next(_NUMBERS):08x}"
+
+
+def _client_id(given: str | None) -> str:
+    return given if given and _REQUEST_ID.match(given) else ""
 
 
 def _service_header(request: web.BaseRequest) -> str:

@@ -305,7 +305,10 @@ class RenderRelay:
 
 
 def answer_headers(exchange: Exchange) -> dict[str, str]:
-    headers = {"X-Request-Id": exchange.request_id}
+    headers = {
+        "X-Request-Id": exchange.client_request_id or exchange.request_id,
+        "X-Intentd-Request-Id": exchange.request_id,
+    }
     answered = exchange.steps or exchange.trace is not None
     if answered or exchange.first_token_s is not None:
         headers["X-Intentd-Service-Type"] = exchange.service_type

@@ -128,6 +128,8 @@ def _request_attributes(exchange: Exchange) -> dict[str, Any]:
         "intentd.cost_nano": exchange.cost_nano,
         "intentd.key": exchange.key.name,
     }
+    if exchange.client_request_id:
+        attributes["intentd.client_request_id"] = exchange.client_request_id
     if exchange.first_token_s is not None:
         attributes["gen_ai.response.time_to_first_chunk"] = exchange.first_token_s
     if exchange.trace is not None:

@@ -70,7 +70,17 @@ _ADD_SPEND: Final = (
     "cost_nano = s.cost_nano + excluded.cost_nano, "
     "estimated_nano = s.estimated_nano + excluded.estimated_nano"
 )
-_ADD_REQUEST: Final = "INSERT INTO requests(id, key, wall_s, document) VALUES ($1, $2, $3, $4)"
+_ADD_REQUEST: Final = (
+    "INSERT INTO requests(id, key, wall_s, document, client_id) VALUES ($1, $2, $3, $4, $5)"
+)
+_FIND_REQUEST: Final = (
+    "SELECT document FROM requests WHERE id = $1 AND ($2::text IS NULL OR key = $2) "
+    "ORDER BY number DESC LIMIT 1"
+)
+_FIND_NAMED: Final = (
+    "SELECT document FROM requests WHERE client_id = $1 AND client_id <> '' "
+    "AND ($2::text IS NULL OR key = $2) ORDER BY number DESC LIMIT 8"
+)
 _PRUNE_REQUESTS: Final = (
     "DELETE FROM requests WHERE number <= (SELECT max(number) FROM requests) - $1"
 )
@@ -103,7 +113,7 @@ class _Batch:
     opening: list[_Opening] = field(default_factory=list)
     ended: dict[str, dict[str, int] | None] = field(default_factory=dict)
     spend: dict[tuple[str, Purpose], Sums] = field(default_factory=dict)
-    requests: list[tuple[str, str, float, str]] = field(default_factory=list)
+    requests: list[tuple[str, str, float, str, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.opening or self.ended or self.spend or self.requests)
@@ -123,7 +133,8 @@ class _Batch:
         batch = cls(plain["owner"], plain["number"], [], plain["ended"])
         for day, key, tenant, model, service_type, *sums in plain["spend"]:
             batch.spend[day, Purpose(key, tenant, model, service_type)] = Sums(*sums)
-        batch.requests = [tuple(row) for row in plain["requests"]]
+        for request_id, key, wall_s, document, *client_id in plain["requests"]:
+            batch.requests.append((request_id, key, wall_s, document, *(client_id or ("",))))
         return batch
 
 
@@ -221,21 +232,25 @@ class SharedLedger:
         else:
             day.add(sums)
 
-    def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
+    def log_request(
+        self, request_id: str, key: str, wall_s: float, document: bytes, client_id: str = ""
+    ) -> None:
         if self.max_rows == 0:
             return
         if len(self._next.requests) >= MAX_UNWRITTEN:
             self.dropped_records += 1
             return
-        self._next.requests.append((request_id, key, wall_s, document.decode()))
+        self._next.requests.append((request_id, key, wall_s, document.decode(), client_id))
 
     async def find_request(self, request_id: str, key: str | None) -> list[str]:
-        sql = (
-            "SELECT document FROM requests WHERE id = $1 AND ($2::text IS NULL OR key = $2) "
-            "ORDER BY number DESC LIMIT 1"
-        )
+        return await self._find(_FIND_REQUEST, request_id, key)
+
+    async def find_named(self, client_id: str, key: str | None) -> list[str]:
+        return await self._find(_FIND_NAMED, client_id, key)
+
+    async def _find(self, sql: str, *named: str | None) -> list[str]:
         try:
-            rows = await self._database.read(sql, request_id, key)
+            rows = await self._database.read(sql, *named)
         except StoreError as error:
             raise ApiError(503, f"the request log cannot be read: {error}") from None
         return [row["document"] for row in rows]

@@ -63,4 +63,8 @@ MIGRATIONS: Final = (
     """,
     cache.MIGRATION,
     feedback.MIGRATION,
+    """
+    ALTER TABLE requests ADD COLUMN client_id TEXT NOT NULL DEFAULT '';
+    CREATE INDEX requests_client ON requests(client_id, key) WHERE client_id <> '';
+    """,
 )

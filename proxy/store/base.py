@@ -115,11 +115,17 @@ class Books(Protocol):
     def book(self, purpose: Purpose, sums: Sums) -> None:
         """Add to the day's spend, soon."""
 
-    def log_request(self, request_id: str, key: str, wall_s: float, document: bytes) -> None:
-        """Put a finished request into the log, soon."""
+    def log_request(
+        self, request_id: str, key: str, wall_s: float, document: bytes, client_id: str = ""
+    ) -> None:
+        """Put a finished request into the log, soon. client_id: what its client calls it."""
 
     async def find_request(self, request_id: str, key: str | None) -> list[str]:
-        """The newest document of this key's request, or none. Raises ApiError 503."""
+        """The document of this key's request (None: any key's), or none. Raises ApiError 503."""
+
+    async def find_named(self, client_id: str, key: str | None) -> list[str]:
+        """The documents of requests that their client calls so, newest first, 8 at most.
+        Raises ApiError 503."""
 
     async def spend(self, days: int) -> list[dict[str, Any]]:
         """The books of the last days, newest first, as rows. Raises StoreError."""

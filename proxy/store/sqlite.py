@@ -62,6 +62,19 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX feedback_wall ON feedback(wall_s);
     """,
+    """
+    ALTER TABLE requests ADD COLUMN client_id TEXT NOT NULL DEFAULT '';
+    CREATE INDEX requests_client ON requests(client_id, key) WHERE client_id <> '';
+    """,
+)
+
+FIND_REQUEST: Final = (
+    "SELECT document FROM requests WHERE id = ?1 AND (?2 IS NULL OR key = ?2) "
+    "ORDER BY number DESC LIMIT 1"
+)
+FIND_NAMED: Final = (
+    "SELECT document FROM requests WHERE client_id = ?1 AND client_id <> '' "
+    "AND (?2 IS NULL OR key = ?2) ORDER BY number DESC LIMIT 8"
 )
 
 WRITE_ACCOUNT: Final = (
@@ -83,7 +96,9 @@ ADD_SPEND: Final = (
     "cost_nano=cost_nano+excluded.cost_nano, "
     "estimated_nano=estimated_nano+excluded.estimated_nano"
 )
-ADD_REQUEST: Final = "INSERT INTO requests(id, key, wall_s, document) VALUES (?, ?, ?, ?)"
+ADD_REQUEST: Final = (
+    "INSERT INTO requests(id, key, wall_s, document, client_id) VALUES (?, ?, ?, ?, ?)"
+)
 PRUNE_REQUESTS: Final = (
     "DELETE FROM requests WHERE number <= (SELECT max(number) FROM requests) - ?"
 )

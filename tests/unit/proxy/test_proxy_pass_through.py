@@ -19,7 +19,8 @@ async def test_answer_with_metadata(site: Any) -> None:
     assert sent["model"] == "up-m"
     assert sent["temperature"] == 0.5
     meta = answer["intentd"]
-    assert meta["request_id"] == headers["X-Request-Id"] == "mine-1"
+    assert meta["client_request_id"] == headers["X-Request-Id"] == "mine-1"
+    assert meta["request_id"] == headers["X-Intentd-Request-Id"] != "mine-1"
     assert meta["service_type"] == "fixed"
     usage = answer["usage"]
     cost = usage["prompt_tokens"] * 1000 + usage["completion_tokens"] * 10_000

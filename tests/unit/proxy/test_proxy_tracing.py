@@ -34,7 +34,8 @@ async def test_a_request_and_its_calls(site: Any) -> None:
     assert request.name == "/v1/chat/completions"
     assert f"{request.context.trace_id:032x}" == TRACE
     assert f"{request.parent.span_id:016x}" == "b7ad6b7169203331"
-    assert request.attributes["intentd.request_id"] == "mine"
+    assert request.attributes["intentd.request_id"].startswith("req_")
+    assert request.attributes["intentd.client_request_id"] == "mine"
     assert request.attributes["intentd.service_type"] == "model_selector"
     assert request.attributes["http.response.status_code"] == 200
     assert [call.attributes["intentd.purpose"] for call in calls] == ["answer", "verify"]

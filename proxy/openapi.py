@@ -35,7 +35,8 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
     "Metadata": {
         **_object(
             request_id=_TEXT, client_request_id=_TEXT, service_type=_TEXT, model=_TEXT,
-            models=_LIST, context=_OPEN, cache=_OPEN, selection=_OPEN, cost=_TEXT, cost_nano={"type": "integer"},
+            models=_LIST, context=_OPEN, cache=_OPEN, selection=_OPEN, cost=_TEXT,
+            cost_nano={"type": "integer"},
             avoided_nano={"type": "integer"}, estimated={"type": "boolean"}, latency_ms=_OPEN,
             policy=_LIST,
         ),

@@ -169,7 +169,7 @@ class Exchange:
         return sum(step.cost_nano for step in self.steps)
 
     def document(self) -> dict[str, Any]:
-        latency: dict[str, float] = {
+        latency: dict[str, Any] = {
             "total": round(self.total_s * 1e3, 2),
             "reserve": round(self.reserve_s * 1e3, 2),
             "wait": round(self.wait_s * 1e3, 2),
@@ -186,7 +186,8 @@ class Exchange:
         }
         if self.trace is not None:
             plain = self.trace.to_plain()
-            plain.pop("latency_s")
+            stages = plain.pop("latency_s")
+            latency["stages"] = {name: round(value * 1e3, 2) for name, value in stages.items()}
             calls = [step.to_plain() for step in self.steps]
             if self.sequence:
                 plain["context"]["sequence"] = self.sequence

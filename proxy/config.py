@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from intentd.core.errors import ConfigError
 from intentd.core.prompts.budgets import PERIODS, UNITS
@@ -22,7 +22,7 @@ from intentd.daemons.kit.config import (
     split_address,
 )
 from intentd.proxy.config_cache import CacheSection
-from intentd.proxy.service import offered_types
+from intentd.proxy.service import check_pool, offered_types
 
 UNKNOWN_WINDOW: Final = 1 << 30
 DEFAULT_BIND: Final = "127.0.0.1:7450"
@@ -53,13 +53,21 @@ class ListenSection(Section):
         return self
 
 
+def _as_text(value: object) -> object:
+    """A price written as a number, exactly as it stands in the file: 0.15 is "0.15"."""
+    return str(value) if type(value) in (int, float) else value
+
+
+Dollars = Annotated[str, BeforeValidator(_as_text)]
+
+
 class PriceSection(Section):
     """What a model costs from one day on."""
 
     since: str = Field(description="First day of these prices (UTC), such as 2026-11-01.")
-    price_in: str = Field(description="Dollars a million input tokens, as text.")
-    price_out: str = Field(description="Dollars a million output tokens, as text.")
-    price_cached_in: str = Field(
+    price_in: Dollars = Field(description="Dollars a million input tokens.")
+    price_out: Dollars = Field(description="Dollars a million output tokens.")
+    price_cached_in: Dollars = Field(
         default="", description="Dollars a million input tokens from the provider's prompt cache."
     )
 
@@ -99,9 +107,9 @@ class ModelSection(Section):
         default="",
         description="Environment variable that holds the provider's key. Empty: no key is sent.",
     )
-    price_in: str = Field(default="0", description="Dollars a million input tokens, as text.")
-    price_out: str = Field(default="0", description="Dollars a million output tokens, as text.")
-    price_cached_in: str = Field(
+    price_in: Dollars = Field(default="0", description="Dollars a million input tokens.")
+    price_out: Dollars = Field(default="0", description="Dollars a million output tokens.")
+    price_cached_in: Dollars = Field(
         default="",
         description="Dollars a million input tokens read from the provider's prompt cache. "
         "Empty: price_in.",
@@ -486,12 +494,14 @@ class ProxyConfig(DaemonConfig):
                     raise ConfigError(
                         f"models[{index}].fallbacks[{place}]", name, "another model of the pool"
                     )
-        offered_types(
+        types = offered_types(
             self.service_types,
             cached=self.cache.enabled,
             semantic=self.cache.semantic != "off",
             routed=bool(self.router.files),
         )
+        if self.models:
+            check_pool(types, self.service_types, seen)
         if self.cache.embedder_model and self.cache.embedder_model not in seen:
             raise ConfigError(
                 "cache.embedder_model", self.cache.embedder_model, "a model of the pool"

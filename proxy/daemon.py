@@ -37,7 +37,7 @@ from intentd.proxy.adapter.litellm import LitellmUpstream
 from intentd.proxy.adapter.native import Upstream, open_session
 from intentd.proxy.cache.admin import cache_admin
 from intentd.proxy.cache.part import CachePart
-from intentd.proxy.call import Exchange
+from intentd.proxy.call import Exchange, models_named
 from intentd.proxy.config import ProxyConfig, budget_limit
 from intentd.proxy.driver import Driver
 from intentd.proxy.engine import Engine
@@ -49,7 +49,7 @@ from intentd.proxy.learned import load_learned
 from intentd.proxy.metrics import ProxyMetrics
 from intentd.proxy.routing import Foreteller, Routing, explain_route, load_routing
 from intentd.proxy.server import Api
-from intentd.proxy.service import offered_types
+from intentd.proxy.service import FIXED, offered_types
 from intentd.proxy.state import open_state
 from intentd.proxy.steered import NOTHING, budget_rules, steered_types, with_rules
 from intentd.proxy.store.base import State
@@ -260,12 +260,17 @@ class ProxyDaemon(Daemon[ProxyConfig]):
                     key, secret = await api.keys.new(
                         _text(args, "name"),
                         str(args.get("tenant", "default")),
-                        _grants(args),
+                        _offered(api, _grants(args)),
                         _expiry(args),
                     )
                     return {"key": key.to_plain(), "secret": secret}
                 case "keys.change":
-                    key = await api.keys.change(_text(args, "name"), _grants(args))
+                    more = {name: args[name] for name in ("tenant",) if name in args}
+                    if "expires_wall_s" in args:
+                        more["expires_wall_s"] = _expiry(args)
+                    key = await api.keys.change(
+                        _text(args, "name"), _offered(api, _grants(args)), **more
+                    )
                     return {"key": key.to_plain()}
                 case "keys.revoke":
                     return {"key": (await api.keys.revoke(_text(args, "name"))).to_plain()}
@@ -556,6 +561,19 @@ def _grants(args: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("grants", value, "an object")
     return value
+
+
+def _offered(api: Api, grants: dict[str, Any]) -> dict[str, Any]:
+    """Grants that this proxy can give. Raises InputError for a model or type it has not."""
+    for field, known in (
+        ("models", api.engine.models.keys()),
+        ("service_types", api.answers.types.keys() | {FIXED}),
+    ):
+        names = grants.get(field)
+        for name in names if isinstance(names, (list, tuple)) else ():
+            if isinstance(name, str) and name not in known:
+                raise InputError(field, name[:128], f"of {models_named(known)}")
+    return grants
 
 
 def _expiry(args: dict[str, Any]) -> float | None:

@@ -31,6 +31,7 @@ from intentd.core.prompts.effects import (
     Together,
 )
 from intentd.core.prompts.health import HealthState
+from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.models import ModelPool
 from intentd.core.prompts.pipeline import Answer, Env, Request, run
 from intentd.core.prompts.request import Gate
@@ -49,6 +50,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Answers one streamed call to the client as it comes; Reply or CallFailed when it is over.
 StreamTo = Callable[[Call], Awaitable["Reply | CallFailed"]]
+_STAGES: Final[dict[type, str]] = {
+    LookupCache: "cache",
+    Embed: "cache",
+    StoreCache: "store",
+    Prefetch: "prefetch",
+    LoadContext: "context",
+    Foretell: "route",
+}
 _NO_CACHE: Final = Done("this proxy has no cache")
 _CLIENT_FAULTS = frozenset({400, 404, 409, 413, 422})
 
@@ -82,11 +91,15 @@ class Driver:
         cache = self.cache
         gate = cache.gate(exchange) if cache is not None else None
         request = replace(request, warm=self.warmth.find(exchange.key.key_id, request))
-        steps = run(service_type, request, self._env(down, gate))
+        trace = Trace(service_type.name)
+        steps = run(service_type, request, self._env(down, gate), trace)
+        if stream_to is not None:
+            stream_to = _telling(stream_to, exchange, trace)
         sent: dict[str, tuple[ChatMessage, ...]] = {}
         try:
             effect = next(steps)
             while True:
+                began_s = self._engine.clock.now()
                 if isinstance(effect, (LookupCache, StoreCache, Embed, Prefetch)):
                     outcome: Outcome = _NO_CACHE
                     if cache is not None:
@@ -95,6 +108,9 @@ class Driver:
                     outcome = await self._perform(effect, exchange, stream_to)
                 if isinstance(effect, CallModel) and effect.purpose is Purpose.ANSWER:
                     sent[effect.model] = effect.messages
+                stage = stage_of(effect)
+                took_s = self._engine.clock.now() - began_s
+                trace.stages_s[stage] = trace.stages_s.get(stage, 0.0) + took_s
                 effect = steps.send(outcome)
         except StopIteration as end:
             answer: Answer = end.value
@@ -248,6 +264,23 @@ class Driver:
         if reply is None:
             return CallFailed(effect.model, "the answer holds no choice", 502)
         return with_cost(reply, self._engine, self._engine.clock.now() - started_s)
+
+
+def stage_of(effect: Effect) -> str:
+    """The name of its stage in the metadata's times."""
+    while isinstance(effect, Together):
+        effect = effect.effects[0]
+    return effect.purpose.value if isinstance(effect, CallModel) else _STAGES[type(effect)]
+
+
+def _telling(stream_to: StreamTo, exchange: Exchange, trace: Trace) -> StreamTo:
+    """The same, after the exchange got the trace: a stream's headers say what is known by then."""
+
+    async def stream(call: Call) -> Reply | CallFailed:
+        exchange.trace = trace
+        return await stream_to(call)
+
+    return stream
 
 
 def read_reply(model: str, value: dict[str, Any], usage: Usage) -> Reply | None:

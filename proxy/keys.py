@@ -221,9 +221,12 @@ class Keys:
         await self._write(key, key_hash(token))
         return key, token
 
-    async def change(self, name: str, grants: Mapping[str, Any]) -> Key:
-        """Replace the grants that are named, keep the others. Raises InputError, StoreError."""
-        key = self.get(name)
+    async def change(self, name: str, grants: Mapping[str, Any], **more: str | float | None) -> Key:
+        """Replace the grants that are named, keep the others. more: tenant, expires_wall_s (None:
+        never). Raises InputError, StoreError."""
+        key = replace(self.get(name), **more)  # type: ignore[arg-type]  # fields of Key
+        if not _NAME.match(key.tenant):
+            raise InputError("tenant", key.tenant, "letters, digits and ._@-, at most 64")
         plain = {**key.grants.to_plain(), **grants}
         changed = replace(key, grants=read_grants(plain, f"key:{key.key_id}"))
         await self._write(changed, self._hash_of[key.key_id])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
 from intentd.core.errors import ConfigError
 from intentd.core.prompts.budgets import UNITS, BudgetRule
+from intentd.core.prompts.models import ModelQuery
 from intentd.core.prompts.service_types import (
     CacheStage,
     ModelStage,
@@ -47,6 +48,28 @@ def offered_types(
             _check(made, where, types, cached=cached, semantic=semantic, routed=routed)
         offered[name] = made if cached else _without_cache(made)
     return offered
+
+
+def check_pool(types: Mapping[str, ServiceType], plain: Sequence[Any], pool: Set[str]) -> None:
+    """Raises ConfigError with the path for a model of the operator's types that is not in the
+    pool, and for a type that nobody could ask for because a model has its name."""
+    for index, table in enumerate(plain):
+        made = types[str(table["name"])]
+        field = f"service_types[{index}]"
+        if made.name in pool:
+            raise ConfigError(f"{field}.name", made.name, "a name that no model has")
+        for place, stage in enumerate(made.stages):
+            where = f"{field}.stages[{place}]"
+            if isinstance(stage, ModelStage):
+                named = {role: getattr(stage, role) for role in ("first", "verifier", "second")}
+                for role, name in named.items():
+                    if name and name not in pool:
+                        raise ConfigError(f"{where}.{role}", name, "a model of the pool")
+            for role in ("models", "small"):
+                query = getattr(stage, role, None)
+                for name in query.names if isinstance(query, ModelQuery) else ():
+                    if name not in pool:
+                        raise ConfigError(f"{where}.{role}", name, "models of the pool")
 
 
 def _without_cache(made: ServiceType) -> ServiceType:

@@ -314,7 +314,12 @@ def answer_headers(exchange: Exchange) -> dict[str, str]:
         headers["X-Intentd-Service-Type"] = exchange.service_type
         headers["X-Intentd-Model"] = exchange.model
         headers["X-Intentd-Cache"] = "off"
-        headers["X-Intentd-Attempts"] = str(max(int(exchange.trace is None), len(exchange.steps)))
+        trace = exchange.trace
+        over = trace is not None and bool(trace.answered_by or trace.cache_item)
+        under_way = exchange.first_token_s is not None and not over  # headers go before its end
+        headers["X-Intentd-Attempts"] = str(len(exchange.steps) + under_way or int(trace is None))
+        if exchange.policy is not None:
+            headers["X-Intentd-Policy"] = ".".join(map(str, exchange.policy))
         if exchange.first_token_s is None:
             headers["X-Intentd-Cost-Nano"] = str(exchange.cost_nano)
         if exchange.trace is not None:

@@ -1,7 +1,7 @@
 """What was done for a request: the metadata object and the headers (section 4.3.2).
 
-A pipeline fills a `Trace` as it goes; the driver adds what only it knows (times, request id,
-policy number) and renders it. Header values hold no prompt text, only names, numbers and ids.
+A pipeline fills a `Trace` as it goes; the driver adds what only it knows (times, request id) and
+renders it. Header values hold no prompt text, only names, numbers and ids.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Trace:
 
     cache: off, bypass, miss, exact, semantic, as_is, rewritten or answered_from. avoided_nano:
     what was not paid: the stored answer's cost for a hit, else what the dearest candidate would
-    have asked for the same tokens, less what was paid (never negative).
+    have asked for the same tokens, less what was paid (never negative). stages_s: by the driver,
+    seconds by stage: cache, store, prefetch, context, route, or a call's purpose.
     """
 
     service_type: str
@@ -61,7 +62,6 @@ class Trace:
     avoided_nano: int = 0
     regenerates: str = ""
     request_id: str = ""
-    policy_number: int | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -120,7 +120,6 @@ class Trace:
             "avoided_nano": self.avoided_nano,
             "avoided": format_dollars(self.avoided_nano),
             "latency_s": {name: round(value, 6) for name, value in self.stages_s.items()},
-            "policy": self.policy_number,
         }
         if self.cache_reason:
             plain["cache"]["reason"] = self.cache_reason
@@ -167,8 +166,6 @@ class Trace:
             values["Verifier-Score"] = self.verifier_score
         if self.escalated is not None:
             values["Escalated"] = str(self.escalated).lower()
-        if self.policy_number is not None:
-            values["Policy"] = self.policy_number
         if self.regenerates:
             values["Regenerates"] = self.regenerates
         if final:

@@ -10,6 +10,7 @@ from collections.abc import Generator
 
 from intentd.core.prompts.cache.stage import CacheSteps, relevance_word
 from intentd.core.prompts.effects import Effect, Outcome
+from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.request import (
     Answer,
     Env,
@@ -41,9 +42,14 @@ __all__ = [
 ]
 
 
-def run(service_type: ServiceType, request: Request, env: Env) -> Pipeline:
-    """Execute the stages in their order; the first one that has an answer ends it."""
-    steps = _Run(service_type, request, env)
+def run(
+    service_type: ServiceType, request: Request, env: Env, trace: Trace | None = None
+) -> Pipeline:
+    """Execute the stages in their order; the first one that has an answer ends it.
+
+    trace: filled on the way, for who must say what is known before the end (a new one if None).
+    """
+    steps = _Run(service_type, request, env, trace)
     return (yield from steps.run())
 
 

@@ -32,11 +32,13 @@ from intentd.core.prompts.service_types import CHEAPEST, ServiceType
 class Steps:
     """One request on its way through the stages."""
 
-    def __init__(self, service_type: ServiceType, request: Request, env: Env) -> None:
+    def __init__(
+        self, service_type: ServiceType, request: Request, env: Env, trace: Trace | None = None
+    ) -> None:
         self.type = service_type
         self.request = request
         self.env = env
-        self.trace = Trace(service_type.name)
+        self.trace = Trace(service_type.name) if trace is None else trace
         self.loaded: Messages | None = None
         self.kept: Messages | None = None
         self.called: tuple[ChatMessage, ...] = ()  # what a turn of tool results answers to

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -32,12 +32,23 @@ TypesOption = Annotated[
 BudgetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--budget", help="LIMIT[/day|/month] in dollars (5, 0.50/day), 20000tokens/day, 100requests"
+        "--budget",
+        help="A limit in total, /day or /month: dollars (5, 0.50/day), 20000tokens/day, "
+        "100requests/month. Repeat for more.",
     ),
 ]
 RateOption = Annotated[
     str, typer.Option("--rate", help="Requests a second, and burst: 2 or 0.5/10.")
 ]
+
+
+LIFTED: Final = {
+    "model": "models",
+    "service-type": "service_types",
+    "budget": "budgets",
+    "rate": "rate",
+    "expires": "expires_wall_s",
+}
 
 
 @keys_app.command("list")
@@ -57,7 +68,7 @@ def list_keys(as_json: JsonOption = False) -> None:
                 ", ".join(key["service_types"]) or "all",
                 ", ".join(_budget_text(rule) for rule in key["budgets"]) or "-",
                 f"{key['rate']['per_second']:g}/s" if key["rate"] else "-",
-                "revoked" if key["revoked"] else "valid",
+                _key_state(key, time.time()),
             )
             for key in page["keys"]
         ],
@@ -98,13 +109,33 @@ def change_key(
     service_types: TypesOption = None,
     budgets: BudgetOption = None,
     rate: RateOption = "",
+    tenant: Annotated[str, typer.Option(help="Whose budgets it shares.")] = "",
+    expires: Annotated[str, typer.Option(help="Valid for so long from now, such as 720h.")] = "",
+    lift: Annotated[
+        list[str] | None,
+        typer.Option("--lift", help=f"No limit any more: {', '.join(LIFTED)} (repeat for more)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replace what is named, keep the rest; what was spent stays spent."""
-    grants = _grants(models, service_types, budgets, rate)
-    if not grants:
+    args: dict[str, Any] = {"grants": _grants(models, service_types, budgets, rate)}
+    for limit in lift or ():
+        if limit not in LIFTED:
+            raise InputError("--lift", limit, f"one of {', '.join(LIFTED)}")
+        field = LIFTED[limit]
+        if field in args["grants"] or (limit == "expires" and expires):
+            raise InputError("--lift", limit, "a limit that is not set by the same command")
+        if limit == "expires":
+            args[field] = None
+        else:
+            args["grants"][field] = None if limit == "rate" else []
+    if tenant:
+        args["tenant"] = tenant
+    if expires:
+        args["expires_wall_s"] = time.time() + parse_duration_s(expires, "expires")
+    if args == {"grants": {}}:
         raise InputError("options", "none", "something to change")
-    changed = admin_client("proxy").call("keys.change", name=name, grants=grants)
+    changed = admin_client("proxy").call("keys.change", name=name, **args)
     if as_json:
         print_json(changed)
     else:
@@ -217,6 +248,15 @@ def route(
         message(page["why"])
         for pair in page["trained"]:
             message(f"learned from {pair['labels']} prompts, {pair['file']}")
+
+
+def _key_state(key: dict[str, Any], now_s: float) -> str:
+    if key["revoked"]:
+        return "revoked"
+    if key["expires_wall_s"] is None:
+        return "valid"
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key["expires_wall_s"]))
+    return f"expired {until}" if key["expires_wall_s"] <= now_s else f"valid until {until}"
 
 
 def _grants(

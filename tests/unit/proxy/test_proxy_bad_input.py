@@ -135,6 +135,16 @@ async def test_random_bytes_on_the_socket(site: Any) -> None:
     assert (await site.chat())[0] == 200
 
 
+POOL: dict[str, Any] = {"models": [{"name": "a", "base_url": "http://x"}]}
+
+
+def test_prices_may_be_numbers() -> None:
+    row = {"name": "a", "base_url": "http://x", "price_in": 0.15, "price_out": 3}
+    (model,) = validate(ProxyConfig, {"models": [row]}).models
+    (price,) = model.history()
+    assert (price.in_nano, price.out_nano) == (150_000_000, 3_000_000_000)
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
@@ -155,6 +165,15 @@ async def test_random_bytes_on_the_socket(site: Any) -> None:
         ({"budgets": [{"limit": "1", "unit": "euros"}]}, "budgets[0].unit"),
         ({"budgets": [{"limit": "1", "period": "week"}]}, "budgets[0].period"),
         ({"upstream": {"attempts": 0}}, "upstream.attempts"),
+        ({"models": [{"name": "a", "base_url": "http://x", "price_in": -0.5}]},
+         "models[0].price_in"),
+        ({**POOL, "service_types": [
+            {"name": "t", "stages": [{"model": "verify", "verifier": "b"}]}]},
+         "service_types[0].stages[0].verifier"),
+        ({**POOL, "service_types": [{"name": "t", "stages": [{"model": "one", "models": "b"}]}]},
+         "service_types[0].stages[0].models"),
+        ({**POOL, "service_types": [{"name": "a", "stages": [{"model": "one"}]}]},
+         "service_types[0].name"),
     ],
 )  # fmt: skip
 def test_configuration_errors_carry_their_path(fields: dict[str, Any], path: str) -> None:

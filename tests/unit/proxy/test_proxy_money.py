@@ -87,6 +87,37 @@ async def test_a_key_is_bound_to_models_and_service_types(site: Any) -> None:
     assert (await site.chat(headers=other))[0] == 403
 
 
+async def test_grants_that_this_proxy_cannot_give_are_refused(site: Any) -> None:
+    await site.start()
+    for grants, said in (
+        ({"models": ["nosuch"]}, "models: got 'nosuch', expected of m"),
+        ({"service_types": ["nosuch"]}, "service_types: got 'nosuch'"),
+    ):
+        with pytest.raises(AdminRefusedError, match=said):
+            await site.proxy.admin("keys.new", {"name": "alice", "grants": grants})
+    assert (await site.proxy.admin("keys", {}))["keys"] == []
+
+
+async def test_limits_of_a_key_are_lifted_and_moved(site: Any) -> None:
+    await site.start()
+    auth = await new_key(
+        site, models=["m"], rate={"per_second": 0.1, "burst": 1},
+        budgets=[{"unit": "requests", "limit": "1"}],
+    )  # fmt: skip
+    results = [(await site.chat(headers=auth))[0] for _ in range(2)]
+    assert results == [200, 429]
+    lifted = {"models": [], "rate": None, "budgets": []}
+    args = {"name": "alice", "grants": lifted, "tenant": "lab", "expires_wall_s": 2e12}
+    changed = (await site.proxy.admin("keys.change", args))["key"]
+    assert (changed["tenant"], changed["expires_wall_s"], changed["rate"]) == ("lab", 2e12, None)
+    assert [(await site.chat(headers=auth))[0] for _ in range(2)] == [200, 200]
+    await site.proxy.admin("keys.change", {"name": "alice", "expires_wall_s": 1.0})
+    assert (await site.chat(headers=auth))[0] == 401
+    kept = await site.proxy.admin("keys.change", {"name": "alice", "expires_wall_s": None})
+    assert kept["key"]["tenant"] == "lab"
+    assert (await site.chat(headers=auth))[0] == 200
+
+
 async def test_metadata_of_others_is_not_shown(site: Any) -> None:
     await site.start()
     alice, bob = await new_key(site), await new_key(site, "bob")

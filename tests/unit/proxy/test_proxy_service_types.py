@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import pytest
+from tests.unit.proxy.conftest import chat_body
 from tests.unit.proxy.provider import Script
 
 from intentd.core.errors import ConfigError
+from intentd.core.messages import NumberedPolicy
 from intentd.daemons.kit.config import validate
 from intentd.proxy.config import ProxyConfig
 
@@ -104,6 +106,36 @@ async def test_a_cascade_buffers_until_it_accepts(site: Any) -> None:
     assert chunks[1]["choices"][0]["finish_reason"] == "stop"
     assert chunks[2]["usage"]["completion_tokens"] == 2
     assert chunks[2]["intentd"]["selection"]["verifier_score"] == 10
+
+
+async def test_a_streams_headers_say_what_is_known(site: Any) -> None:
+    await site.start(models=pool(site))
+    site.provider.words_for = judged_by("2")
+    assert site.proxy._on_policy(NumberedPolicy("prompts", 1, 3, 0.0, {})).applied
+    body = {**chat_body(model="model_selector", stream=True), "intentd": {"conversation": "c"}}
+    for _ in range(2):
+        async with site.session.post(site.url + "/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+            headers = response.headers
+            await response.read()
+    told = {name: headers.get(f"X-Intentd-{name}") for name in (
+        "Service-Type", "Verifier-Score", "Escalated", "Attempts", "Policy", "Context-Messages",
+    )}  # fmt: skip
+    assert told == {
+        "Service-Type": "model_selector", "Verifier-Score": "2", "Escalated": "true",
+        "Attempts": "3", "Policy": "1.3", "Context-Messages": "1",
+    }  # fmt: skip
+
+
+async def test_the_time_of_each_stage_is_told(site: Any) -> None:
+    await site.start(models=pool(site))
+    site.provider.words_for = judged_by("10")
+    asked = {"prompt": "x", "service_type": "model_selector", "conversation": "c"}
+    _, answer, _ = await site.post("/v1/request", asked)
+    times = answer["metadata"]["latency_ms"]
+    assert {"answer", "verify", "context"} <= set(times["stages"])
+    assert all(took >= 0 for took in times["stages"].values())
+    assert sum(times["stages"].values()) <= times["total"] + 1.0
 
 
 async def test_a_stream_that_breaks_joins_no_conversation(site: Any) -> None:

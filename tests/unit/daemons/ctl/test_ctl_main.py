@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from intentd.core.errors import InputError, IntentdError
 from intentd.daemons.ctl import main as tool
@@ -29,6 +31,21 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {name} " in shown
     assert tool.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("intentd ")
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    root = typer.main.get_command(tool.app)
+
+    def walk(words: tuple[str, ...], command: Any) -> list[tuple[str, ...]]:
+        names = command.list_commands(None) if hasattr(command, "list_commands") else ()
+        inner = [walk((*words, name), command.get_command(None, name)) for name in names]
+        return [words, *(line for lines in inner for line in lines)]
+
+    commands = walk((), root)
+    assert ("prompts", "keys", "new") in commands
+    for words in commands:
+        assert tool.main([*words, "--help"]) == 0, words
+        assert "Usage: intentctl" in capsys.readouterr().out, words
 
 
 def test_unknown_commands_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,9 @@
 those of ``benchmarks.chaos``, without a fault. What a daemon keeps up to a bound is full when the
 measurement begins, else its filling would be called growth, and growth hide behind it: bounds that
 can be configured are small; the GPU scheduler, whose windows hold thousands of jobs, starts on the
-store of one that has seen as many. PSS and RSS of each daemon are sampled every few seconds; the
-slope is fitted after the warm-up, its 95 % interval widened for the samples' autocorrelation.
+store of one that has seen as many. PSS, RSS and anonymous memory (its own alone: PSS also moves
+when others come and go that share pages) of each daemon are sampled every few seconds; the slope is
+fitted after the warm-up, its 95 % interval widened for the samples' autocorrelation.
 
 The rule: memory is *within noise* when that interval of the PSS reaches down to zero, or the slope
 is below half a megabyte an hour. Files and threads must end as the warm-up left them, give or take
@@ -69,6 +70,7 @@ class Sample:
         self.at_s = at_s
         self.pss_mb = _kilobytes(rollup, "Pss") / 1024
         self.rss_mb = _kilobytes(rollup, "Rss") / 1024
+        self.own_mb = _kilobytes(rollup, "Anonymous") / 1024
         self.files = len(os.listdir(f"/proc/{pid}/fd"))
         self.threads = _kilobytes(status, "Threads")
 
@@ -120,6 +122,7 @@ class Soak(Campaign):
                 "pss_mb": [round(warm[0].pss_mb, 1), round(warm[-1].pss_mb, 1)],
                 "pss_slope_mb_h": _slope([(row.at_s, row.pss_mb) for row in warm]),
                 "rss_slope_mb_h": _slope([(row.at_s, row.rss_mb) for row in warm]),
+                "own_slope_mb_h": _slope([(row.at_s, row.own_mb) for row in warm]),
                 "files": [warm[0].files, warm[-1].files, max(row.files for row in warm)],
                 "threads": [warm[0].threads, warm[-1].threads],
                 "starts": next(m.starts for m in self.world.members if m.label == label),

@@ -19,10 +19,9 @@ from benchmarks.chaos.jobs import Jobs
 from benchmarks.chaos.members import Member
 from benchmarks.chaos.prompts import Users
 from benchmarks.chaos.provider import Providers
-from benchmarks.chaos.world import World
+from benchmarks.chaos.world import RAY_GPUS, World
 from intentd.daemons.kit.admin import AdminRefusedError, AdminUnreachableError
 
-RAY_GPUS: Final = 2
 APPLICATIONS: Final = ("flows", "jobs", "prompts")
 FOLLOWS: Final = {"agent": ("flows",), "gpu": ("jobs",), "proxy": ("prompts",)}
 START_S: Final = 300.0

@@ -21,7 +21,7 @@ from typing import Any, Final
 from benchmarks.chaos.flows import Flows
 from benchmarks.chaos.members import drawn
 from benchmarks.chaos.provider import MODES, PROVIDERS, Providers
-from benchmarks.chaos.world import MEMBERS, RAY, World
+from benchmarks.chaos.world import MEMBERS, RAY, RAY_GPUS, World
 from benchmarks.ray_faults import processes
 from intentd.daemons.gpu import ray_cluster
 
@@ -38,6 +38,7 @@ LINKS: Final = (
 OVERLAP: Final = 0.2
 _NAMES: Final = tuple(name for _, name in MEMBERS)
 _RESTORED_S: Final = 10.0
+_NOTICED_S: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +280,20 @@ class Faults:
             if pids:
                 victim = drawn(fault.number, "victim").choice(sorted(pids))
                 _signal([victim], signal.SIGKILL)
-        await asyncio.sleep(fault.hold_s)  # until somebody notices
+        await asyncio.sleep(fault.hold_s)
+        if fault.detail in ("raylet", "head"):
+            await self._noticed()
+
+    async def _noticed(self) -> None:
+        """Ray needs seconds to see what died: until then everything would pass for whole."""
+        until_s = self.world.clock.now() + _NOTICED_S
+        while self.world.clock.now() < until_s:
+            status = await self.world.member(RAY).status()
+            if status is None or not status["ready"]:
+                return
+            if status["detail"]["gpus"]["usable"] < RAY_GPUS:
+                return
+            await asyncio.sleep(0.1)
 
 
 def kinds_here(*, ray: bool) -> list[str]:

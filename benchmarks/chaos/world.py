@@ -42,6 +42,7 @@ MEMBERS: Final = (
     ("gpu", "g"), ("proxy", "p1"), ("proxy", "p2"),
 )  # fmt: skip
 RAY: Final = "r"
+RAY_GPUS: Final = 2
 OTHERS: Final = ("relay", "db", "provider", "users", "sink")
 STATE_BYTES: Final = 48 << 20
 _HUB, _TURNS, _FIN, _API = 7400, 7410, 7430, 7450

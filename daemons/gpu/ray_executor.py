@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 LINE_BYTES: Final = 1 << 24
 SILENT_S: Final = 60.0  # a driver that says nothing for so long is replaced
 BACKOFF_S: Final = (1.0, 30.0)
+LOCAL_BACKOFF_S: Final = 4.0  # at most, where the cluster is one that this host starts again
 UNSENT_S: Final = 60.0  # a start that no driver could take is given back
 EFFECTS: Final = 4096
 OPEN_OUTPUTS: Final = 64
@@ -218,7 +219,9 @@ class RayExecutor:
     # -- the driver ----------------------------------------------------------------------------
 
     async def _keep_a_driver(self) -> None:
-        wait_s = BACKOFF_S[0]
+        wait_s, most_s = BACKOFF_S
+        if self._settings.local:
+            most_s = LOCAL_BACKOFF_S
         while not self._is_closing():
             began = self._clock.now()
             try:
@@ -230,7 +233,7 @@ class RayExecutor:
             if self._is_closing():
                 return
             long_lived = self._clock.now() - began > 60.0
-            wait_s = BACKOFF_S[0] if long_lived else min(2 * wait_s, BACKOFF_S[1])
+            wait_s = BACKOFF_S[0] if long_lived else min(2 * wait_s, most_s)
             _log.warning("driver ended", extra={"why": self._why, "again_in_s": wait_s})
             await self._clock.sleep(wait_s)
 

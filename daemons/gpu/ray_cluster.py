@@ -48,6 +48,23 @@ def start_ticks(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
+def _gcs_of(pid: int) -> int:
+    """The process of a head that knows of everything; 0 if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text() == "gcs_server\n":
+                return int(child)
+    return 0
+
+
+def _lives(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
 def running(directory: Path) -> dict[str, Any] | None:
     """What ``cluster.json`` says, if its process lives."""
     try:
@@ -84,6 +101,7 @@ class LocalCluster:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: dict[str, float] = {}
         self._over = False
+        self._gcs = 0
         self._alone = len(self.nodes) == 1
 
     @property
@@ -166,6 +184,8 @@ class LocalCluster:
         # one after the other: two that start at once take the same socket names
         for _ in range(int(START_S / 0.1)):
             if STARTED in path.read_bytes() or self._over or self._running[name].poll() is not None:
+                if not name:
+                    self._gcs = _gcs_of(self._running[name].pid)
                 return
             if name and self._headless():  # it would wait a minute or two for one, and all for it
                 self._kill(name)
@@ -173,7 +193,9 @@ class LocalCluster:
             time.sleep(0.1)
 
     def _headless(self) -> bool:
-        return self._running[""].poll() is not None
+        """The head ends for most of a minute once its core is gone, and the others look for it as
+        long: nothing of the cluster comes back from that."""
+        return self._running[""].poll() is not None or (self._gcs > 0 and not _lives(self._gcs))
 
     def _kill(self, name: str) -> None:
         """With all it started."""
@@ -183,6 +205,9 @@ class LocalCluster:
         process.wait()
 
     def _restart(self) -> None:
+        if self._headless() and any(p.poll() is None for p in self._running.values()):
+            for name in reversed(self._running):
+                self._kill(name)
         now = time.monotonic()
         for name, process in list(self._running.items()):
             if process.poll() is None or (name and self._headless()):

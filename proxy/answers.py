@@ -316,7 +316,8 @@ class Answers:
             names = [name for name in self._engine.models if not allowed or name in allowed]
             raise ApiError(
                 404,
-                f"model: got {shown(call.model)}, expected one of {models_named(names)}",
+                f"model: got {shown(call.model)}, expected one of {models_named(names)}, "
+                "or a service type",
                 param="model",
                 code="model_not_found",
             )

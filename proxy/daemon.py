@@ -444,7 +444,10 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         }
 
     async def _route(self, api: Api, args: dict[str, Any]) -> dict[str, Any]:
-        made = get_type(api.answers.types, args.get("service_type") or "router")
+        wanted = args.get("service_type") or "router"
+        if wanted == "router" and self._routing is None:
+            raise InputError("router.files", "()", "a trained router, or another service type")
+        made = get_type(api.answers.types, wanted)
         prompt, pool = _text(args, "prompt"), api.driver.pool
         return await asyncio.to_thread(explain_route, prompt, made, pool, self._routing)
 

@@ -14,6 +14,7 @@ _TYPES: Final = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    405: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
@@ -24,7 +25,7 @@ class ApiError(IntentdError):
     """An answer that is an error.
 
     retry_after_s: sent as Retry-After, in whole seconds. outcome: what it is counted as; one of a
-    few, where the code may be a provider's own.
+    few, where the code may be a provider's own. allow: the methods a path takes.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class ApiError(IntentdError):
         kind: str | None = None,
         retry_after_s: float | None = None,
         outcome: str = "",
+        allow: str = "",
     ) -> None:
         self.status = status
         self.param = param
         self.code = code
         self.kind = kind or _TYPES.get(status, "server_error")
         self.retry_after_s = retry_after_s
+        self.allow = allow
         self.outcome = outcome or code or self.kind
         super().__init__(text)
 

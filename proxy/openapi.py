@@ -100,7 +100,7 @@ PATHS: Final[dict[str, dict[str, tuple[str, dict[str, Any] | None]]]] = {
         "post": ("A word on an answer.",
                  _object("id rating", id=_TEXT, rating={"enum": ["good", "bad"]}, comment=_TEXT)),
     },
-    "/v1/models": {"get": ("The models this key may use.", None)},
+    "/v1/models": {"get": ("The models and service types this key may use.", None)},
     "/v1/models/{id}": {"get": ("One of them.", None)},
     "/v1/requests/{id}": {"get": ("What was done for a request, and the feedback on it.", None)},
     "/v1/conversations": {"get": ("This key's conversations; limit and after page them.", None)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from aiohttp import web
@@ -16,11 +16,17 @@ from intentd.proxy.dialects.openai_responses import ResponseId
 from intentd.proxy.engine import Engine
 from intentd.proxy.errors import ApiError, bad_field, shown
 from intentd.proxy.feedback import Feedback, FeedbackBook, read_feedback
+from intentd.proxy.keys import Key
 from intentd.proxy.responses import find, input_items, stored_document
+from intentd.proxy.service import FIXED
 from intentd.proxy.store.base import Books, Turns
 from intentd.proxy.streams import json_response
 
+if TYPE_CHECKING:
+    from intentd.proxy.answers import Answers
+
 MAX_PAGE: Final = 1000
+OWNER: Final = "intentd"
 
 
 class RequestLog:
@@ -114,11 +120,13 @@ class Reading:
     def __init__(
         self,
         engine: Engine,
+        answers: Answers,
         conversations: Turns,
         log: RequestLog,
         feedback: FeedbackBook,
     ) -> None:
         self._engine = engine
+        self._answers = answers
         self._conversations = conversations
         self._log = log
         self._feedback = feedback
@@ -126,22 +134,28 @@ class Reading:
         self.followups: Callable[[str, str], list[str]] | None = None
 
     async def models(self, _request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        allowed = exchange.key.grants.models
-        data = [
-            _model_object(name) for name in self._engine.models if not allowed or name in allowed
-        ]
+        data = [_model_object(*row) for row in self._nameable(exchange.key).items()]
         return json_response({"object": "list", "data": data}, exchange)
+
+    def _nameable(self, key: Key) -> dict[str, str]:
+        """What this key may say in ``model``: models, then service types; by whom it is owned."""
+        models, types = key.grants.models, key.grants.service_types
+        found = {name: OWNER for name in self._engine.models if not models or name in models}
+        for name in sorted(self._answers.types):
+            if name != FIXED and (not types or name in types):  # that one needs a model besides
+                found.setdefault(name, f"{OWNER}:service_type")
+        return found
 
     async def model(
         self, name: str, _request: web.BaseRequest, exchange: Exchange
     ) -> web.StreamResponse:
-        allowed = exchange.key.grants.models
-        if name not in self._engine.models or (allowed and name not in allowed):
+        owner = self._nameable(exchange.key).get(name)
+        if owner is None:
             raise ApiError(
-                404, f"model: got {shown(name)}, expected a model of the pool",
+                404, f"model: got {shown(name)}, expected a model of the pool or a service type",
                 param="model", code="model_not_found",
             )  # fmt: skip
-        return json_response(_model_object(name), exchange)
+        return json_response(_model_object(name, owner), exchange)
 
     async def conversations(
         self, request: web.BaseRequest, exchange: Exchange
@@ -218,5 +232,5 @@ class Reading:
         return json_response({"id": request_id, "rating": "good" if good else "bad"}, exchange)
 
 
-def _model_object(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "intentd"}
+def _model_object(name: str, owner: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": owner}

@@ -11,12 +11,28 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from intentd.core.errors import ConfigError, InputError
-from intentd.core.prompts.effects import Foretell, Prediction
+from intentd.core.prompts.effects import (
+    CacheFound,
+    CallModel,
+    ContextLoaded,
+    Done,
+    Foretell,
+    LoadContext,
+    LookupCache,
+    Outcome,
+    Prediction,
+    Purpose,
+    Reply,
+    Together,
+)
 from intentd.core.prompts.models import ModelPool, ordered
+from intentd.core.prompts.pipeline import run
+from intentd.core.prompts.request import Env, PipelineError, Request
 from intentd.core.prompts.service_types import ModelStage, ServiceType
 from intentd.proxy.cache.available import missing_parts
 from intentd.proxy.config import RouterSection
 
+MAX_EFFECTS: Final = 64  # of a pipeline that is explained
 REMEMBERED: Final = 1024
 REMEMBERED_CHARS: Final = 4000
 
@@ -99,16 +115,68 @@ def load_routing(section: RouterSection, model_file: str) -> Routing | None:
     return Routing(load_router(contents, embedder.embed, section.names), tuple(pairs))
 
 
+def explain_calls(prompt: str, made: ServiceType, pool: ModelPool) -> dict[str, Any]:
+    """The calls of a prompt nobody is content with, in order: the real pipeline, driven with
+    answers that are worth nothing."""
+    stage: ModelStage = made.stage(ModelStage)
+    steps = run(made, Request(prompt), Env(pool))
+    calls: list[dict[str, str]] = []
+
+    def answered(effect: CallModel) -> Reply:
+        calls.append({"model": effect.model, "purpose": effect.purpose.value})
+        # a verifier's worst score; texts that differ, so that compared ones do not agree
+        verdict = "1" if effect.purpose is Purpose.VERIFY else f"answer {len(calls)}"
+        return Reply(effect.model, verdict)
+
+    try:
+        effect = next(steps)
+        for _ in range(MAX_EFFECTS):
+            outcome: Outcome = Done()
+            if isinstance(effect, CallModel):
+                outcome = answered(effect)
+            elif isinstance(effect, Together):
+                outcome = tuple(answered(one) for one in effect.effects)
+            elif isinstance(effect, LookupCache):
+                outcome = CacheFound()
+            elif isinstance(effect, LoadContext):
+                outcome = ContextLoaded()
+            effect = steps.send(outcome)
+    except StopIteration:
+        pass
+    except PipelineError as error:
+        raise InputError("service_type", made.name, f"one that can answer: {error}") from None
+    finally:
+        steps.close()
+    if not calls:
+        raise InputError("service_type", made.name, "one that asks a model")
+    why = {
+        "verify": f"the verifier scores the first answer; below {stage.threshold:g} the last is "
+        "asked",
+        "agree": "the first answers are compared; where they are likely wrong "
+        f"({stage.threshold:g} and more) the last is asked",
+        "fast": "a short answer now, a better one behind it",
+    }.get(stage.strategy, "the first that answers of the candidates in their order")
+    first = next(call["model"] for call in calls if call["purpose"] == Purpose.ANSWER.value)
+    return {
+        "service_type": made.name,
+        "strategy": stage.strategy,
+        "model": first,
+        "calls": calls,
+        "threshold": stage.threshold if stage.strategy in ("verify", "agree") else None,
+        "why": why,
+    }
+
+
 def explain_route(
     prompt: str, made: ServiceType, pool: ModelPool, routing: Routing | None
 ) -> dict[str, Any]:
-    """Which model a service type would ask for a prompt, and why; nothing is asked.
+    """Which models a service type would ask for a prompt, and why; nothing is asked.
 
-    Raises InputError for a type without a router.
+    Raises InputError when none can be asked.
     """
     stage: ModelStage = made.stage(ModelStage)
     if stage.strategy != "route":
-        raise InputError("service_type", made.name, "one whose model stage is route")
+        return explain_calls(prompt, made, pool)
     models = tuple(pool)
     allowed = tuple(m for m in models if not made.allowed or m.name in made.allowed)
     candidates = stage.models(allowed)
@@ -132,6 +200,7 @@ def explain_route(
         why = "the gain foretold for this prompt counts"
     return {
         "service_type": made.name,
+        "strategy": stage.strategy,
         "model": strong.name if asks_strong else weak.name,
         "weak": weak.name,
         "strong": strong.name,

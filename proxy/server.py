@@ -100,7 +100,7 @@ class Api:
         self.feedback = feedback
         self.answers = Answers(engine, driver, clock, self.log, feedback)
         self.tracing: Tracing | None = None
-        self.reading = Reading(engine, state.turns, self.log, feedback)
+        self.reading = Reading(engine, self.answers, state.turns, self.log, feedback)
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", self._chat),
             MESSAGES: ("POST", self._messages),
@@ -219,7 +219,8 @@ class Api:
             route = self._route_with_id(path, request.method)
         method, handler = route
         if request.method not in method.split():
-            raise ApiError(405, f"{path}: got {shown(request.method)}, expected {method}")
+            text = f"{path}: got {shown(request.method)}, expected {method}"
+            raise ApiError(405, text, allow=", ".join(method.split()))
         if self.draining:
             raise ApiError(503, "this proxy takes no new requests", retry_after_s=1)
         if self.active > self.config.listen.max_requests:
@@ -292,6 +293,8 @@ class Api:
         headers = answer_headers(exchange)
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        if error.allow:
+            headers["Allow"] = error.allow
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         document = (

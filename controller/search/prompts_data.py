@@ -72,6 +72,16 @@ def reported_rows(path: Path) -> list[dict[str, Any]]:
     return kept
 
 
+def labelled(rows: list[dict[str, Any]], name: object) -> list[dict[str, Any]]:
+    """The rows, which hold texts with labels or pairs of texts. Raises InputError."""
+    for number, row in enumerate(rows, 1):
+        texts = ("text", "label") if "text" in row else ("a", "b")
+        if not all(isinstance(row.get(field), (str, int)) for field in texts):
+            got = ", ".join(sorted(row))[:80]
+            raise InputError(f"{name}: row {number}", got, "text and label, or a and b")
+    return rows
+
+
 def set_name(path: Path) -> str:
     """A data set's name: its file's, without endings."""
     return path.name.split(".")[0]

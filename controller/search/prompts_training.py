@@ -21,6 +21,7 @@ from intentd.controller.search import (
 from intentd.controller.search.prompts_data import (
     TRAIN,
     Embed,
+    labelled,
     provenance,
     read_rows,
     set_name,
@@ -109,7 +110,7 @@ def train_cache(
     progress: Progress | None = None,
 ) -> tuple[GateModel, dict[str, Any]]:
     """The second gate with its one threshold."""
-    rows = {set_name(path): train_rows([path]) for path in paths}
+    rows = {set_name(path): labelled(train_rows([path]), path) for path in paths}
     model, chosen = prompts_cache.fit_gate(
         rows, embed, max_false_hit=max_false_hit, seed=seed, progress=progress
     )

@@ -229,18 +229,22 @@ def models(as_json: JsonOption = False) -> None:
 def route(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     service_type: Annotated[
-        str, typer.Option(help="A service type with a learned router.")
+        str, typer.Option(help="A service type; by default the learned router's.")
     ] = "router",
     explain: Annotated[bool, typer.Option("--explain", help="Say why.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Which model a prompt would go to, and why; no model is asked."""
+    """Which models a prompt would go to, and why; none is asked."""
     page = admin_client("proxy").call("route", prompt=prompt, service_type=service_type)
     if as_json:
         print_json(page)
         return
     print(page["model"])
-    if explain:
+    if explain and "calls" in page:
+        for call in page["calls"]:
+            message(f"{call['purpose']}: {call['model']}")
+        message(page["why"])
+    elif explain:
         message(
             f"{page['strong']} over {page['weak']}: gain {page['predicted_gain']:+.3f}, "
             f"asked for above {page['threshold']:g}"

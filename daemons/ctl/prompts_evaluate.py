@@ -147,11 +147,11 @@ def cache(
     Half of each file's items are stored, the others ask.
     """
     from intentd.controller.search.prompts_cache import measure, report
-    from intentd.controller.search.prompts_data import set_name
+    from intentd.controller.search.prompts_data import labelled, set_name
     from intentd.controller.search.prompts_training import train_cache
 
     files = _one_of(train, model)
-    tested = {set_name(path): _reported(path) for path in test}
+    tested = {set_name(path): labelled(_reported(path), path) for path in test}
     embed = embedder()
     if model is not None:
         gate = load_model(model, "cache")

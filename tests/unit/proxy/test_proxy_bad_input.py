@@ -83,7 +83,9 @@ async def test_bounds_of_a_body(site: Any) -> None:
 async def test_paths_methods_and_headers(site: Any) -> None:
     await site.start()
     assert (await site.get("/v1/nothing"))[0] == 404
-    assert (await site.get("/v1/chat/completions"))[0] == 405
+    status, said, headers = await site.get("/v1/chat/completions")
+    assert (status, said["error"]["type"]) == (405, "invalid_request_error")
+    assert headers["Allow"] == "POST"
     status, answer, _ = await site.chat(headers={"X-Intentd-Service-Type": "a b"})
     assert (status, answer["error"]["param"]) == (400, "X-Intentd-Service-Type")
     _, _, headers = await site.chat(headers={"X-Request-Id": "not an id!"})

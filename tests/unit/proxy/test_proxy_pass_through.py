@@ -260,7 +260,10 @@ async def test_completions_and_embeddings(site: Any) -> None:
 async def test_models(site: Any) -> None:
     await site.start(models=[site.model("m"), site.model("org/big:70b")])
     _, listed, _ = await site.get("/v1/models")
-    assert [row["id"] for row in listed["data"]] == ["m", "org/big:70b"]
+    assert [row["id"] for row in listed["data"]][:3] == ["m", "org/big:70b", "cost"]
+    owners = {row["id"]: row["owned_by"] for row in listed["data"]}
+    assert (owners["m"], owners["quality"]) == ("intentd", "intentd:service_type")
+    assert (await site.get("/v1/models/cost"))[1]["owned_by"] == "intentd:service_type"
     status, one, _ = await site.get("/v1/models/org/big:70b")
     assert (status, one["id"]) == (200, "org/big:70b")
     assert (await site.get("/v1/models/none"))[0] == 404

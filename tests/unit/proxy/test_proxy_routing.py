@@ -72,10 +72,25 @@ async def test_a_pair_nobody_learned_is_neutral(site: Any, trained: Path) -> Non
     assert (await site.chat(model="router"))[1]["intentd"]["model"] == "m"
     told = await proxy.admin("route", {"prompt": "a poem"})
     assert (told["model"], told["known"], told["trained"]) == ("m", False, [])
-    with pytest.raises(AdminRefusedError, match="route"):
-        await proxy.admin("route", {"prompt": "x", "service_type": "cost"})
     with pytest.raises(AdminRefusedError, match="psychic"):
         await proxy.admin("route", {"prompt": "x", "service_type": "psychic"})
+
+
+async def test_calls_of_other_types_are_explained_by_their_pipeline(site: Any) -> None:
+    models = [site.model(name, price_in=price) for name, price in zip("abc", "123", strict=True)]
+    proxy = await site.start(models=models)
+    told = await proxy.admin("route", {"prompt": "x", "service_type": "cost"})
+    assert (told["model"], told["calls"]) == ("a", [{"model": "a", "purpose": "answer"}])
+    told = await proxy.admin("route", {"prompt": "x", "service_type": "model_selector"})
+    assert told["calls"] == [
+        {"model": "b", "purpose": "answer"},
+        {"model": "a", "purpose": "verify"},
+        {"model": "c", "purpose": "answer"},
+    ]
+    assert "below 8" in told["why"]
+    assert site.provider.requests == []  # nobody was asked
+    with pytest.raises(AdminRefusedError, match=r"router\.files"):
+        await proxy.admin("route", {"prompt": "x"})
 
 
 async def test_routers_come_and_go_by_reload(site: Any, trained: Path) -> None:

@@ -135,7 +135,8 @@ def explain_calls(prompt: str, made: ServiceType, pool: ModelPool) -> dict[str, 
             if isinstance(effect, CallModel):
                 outcome = answered(effect)
             elif isinstance(effect, Together):
-                outcome = tuple(answered(one) for one in effect.effects)
+                asked = [one for one in effect.effects if isinstance(one, CallModel)]
+                outcome = tuple(answered(one) for one in asked)
             elif isinstance(effect, LookupCache):
                 outcome = CacheFound()
             elif isinstance(effect, LoadContext):

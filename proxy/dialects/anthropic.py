@@ -1,7 +1,8 @@
 """Anthropic's /v1/messages on models that speak OpenAI's chat: requests in, answers out.
 
 Text, images, tools and their results are translated both ways. What has no counterpart (top_k,
-thinking, citations) is refused by name rather than dropped.
+thinking, citations) is refused by name rather than dropped; but for hints that change no answer:
+metadata, service_tier, and cache_control, whose counterpart providers of OpenAI's API do unasked.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ async def test_a_message(site: Any) -> None:
     status, answer, headers = await site.post(
         "/v1/messages",
         body(
-            system=[{"type": "text", "text": "Be kind"}],
+            system=[{"type": "text", "text": "Be kind", "cache_control": {"type": "ephemeral"}}],
             stop_sequences=["END"],
             temperature=0.2,
             metadata={"user_id": "u"},

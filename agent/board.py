@@ -3,11 +3,17 @@
 A flow whose class is free would be granted at once. Instead of waiting for two processes to wake
 up to say so, its application reads the board, starts, and tells the agent (OPEN with STARTED). On a
 flow of a few packets the question costs more than the flow: .4 ms of .7 (measured:
-``intentctl testbed run overall``). The board is a hint: two applications may see the same class
-free; the one whose OPEN comes second is counted as "raced".
+``intentctl testbed run overall``).
 
-Applications get it as a descriptor with WELCOME. It is sealed: nobody else can write it, shrink it
-or map it writable. The layout, in the host's byte order, is in ``docs/wire.md``.
+Two applications may see the same class free. So whoever starts claims it first, by a lock on the
+flag's bytes that the kernel gives to one open file at a time and takes from who dies, then looks
+again, and lets go when the agent has answered. The agent, before a flow that asked starts, shows
+the class taken and then looks for a claim (``take``): whichever of the two comes second sees the
+other.
+
+Applications get it as a descriptor of an open file of their own with WELCOME. It is sealed: nobody
+else can write it, shrink it or map it writable. The layout, in the host's byte order, is in
+``docs/wire.md``.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ BOARD_BYTES: Final = _HEAD_BYTES + MAX_DOMAINS * _DOMAIN_BYTES
 _GENERATION: Final = 1  # where it is, in words of 64 bits
 _STATE: Final = 5  # in words of 32 bits
 _FREE: Final = (_CLASS.size - 2) // 2  # in words of 16 bits from a class's start
+_LOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _NO_LIMIT: Final = 2**64 - 1
 _UINT32_MAX: Final = 2**32 - 1
 _NO_DOMAIN: Final = _UINT32_MAX
@@ -101,6 +108,31 @@ class Board:
                 free[index],
             )
         self._at[domain.name] = (start + _DOMAIN.size) // 2 + _FREE
+
+    def descriptor(self) -> int:
+        """The board as an open file of its own, for one application; the caller closes it."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def take(self, domain: Domain, class_index: int) -> bool:
+        """A flow that asked is to have the class: True if an application has claimed it already,
+        because it was shown free; its OPEN is on the way."""
+        at = self._at.get(domain.name)
+        if at is None:
+            return False
+        at += class_index * (_CLASS.size // 2)
+        if not self._words[at]:
+            return False
+        self._words[at] = 0  # before looking: who claims it from now on will see
+        return self._locked(at)
+
+    def claimed(self, domain: Domain, class_index: int) -> bool:
+        at = self._at.get(domain.name)
+        return at is not None and self._locked(at + class_index * (_CLASS.size // 2))
+
+    def _locked(self, word: int) -> bool:
+        asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 2 * word, 2, 0)
+        found = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked)
+        return bool(_LOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
     def show(self, domain: Domain) -> None:
         """After a call of the domain's gate: which classes are free now."""

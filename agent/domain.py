@@ -21,8 +21,15 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Gate(Protocol):
-    """What the shell drives: FlowGate's calls; DomainGate has them and the turn protocol's."""
+    """What the shell drives: FlowGate's calls; DomainGate has them and the turn protocol's.
 
+    handed_over: starts in order beside another's announced last bytes. demoted: marks withdrawn.
+    """
+
+    @property
+    def handed_over(self) -> int: ...
+    @property
+    def demoted(self) -> int: ...
     def arrive(
         self,
         flow: int,
@@ -35,6 +42,8 @@ class Gate(Protocol):
     def finish(self, flow: int, *, now: float) -> list[Release]: ...
     def cancel(self, flow: int, *, now: float) -> list[Release]: ...
     def announce(self, flow: int, *, now: float) -> list[Release]: ...
+    def expect(self, class_index: int, *, now: float) -> None: ...
+    def unexpect(self, class_index: int, *, now: float) -> list[Release]: ...
     def expire(self, *, now: float) -> list[Release]: ...
     def next_timer(self) -> float | None: ...
     def set_policy(self, policy: DomainPolicy, *, now: float) -> list[Release]: ...
@@ -165,6 +174,8 @@ class Domain:
             "finished": meter.finished,
             "cancelled": meter.cancelled,
             "degraded": dict(meter.degraded),
+            "handed_over": self.gate.handed_over,
+            "demoted": self.gate.demoted,
             "handover_s": quantiles(meter.handover),
         }
 

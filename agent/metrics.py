@@ -22,6 +22,7 @@ _COUNTERS: Final = {
     "mark_failures": "Sockets that could not be marked.",
     "flows_without_domain": "Flows that no domain applies to; they start at once.",
     "flows_died_holding": "Flows whose application died or left while sending.",
+    "early_announcements": "Announcements of an end with more left than the policy lets pass on.",
 }
 TC_STATES: Final = ("unshaped", "shaped", "foreign", "failed")
 
@@ -46,6 +47,7 @@ class AgentCollector(Collector):
             "mark_failures": counts.mark_failures,
             "flows_without_domain": counts.no_domain,
             "flows_died_holding": counts.died_holding,
+            "early_announcements": counts.early_announcements,
         }
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"intentd_agent_{name}", text, value=values[name])
@@ -70,6 +72,16 @@ class AgentCollector(Collector):
             "Flows that started outside the guaranteed order, by reason.",
             labels=["domain", "reason"],
         )
+        handed_over = CounterMetricFamily(
+            "intentd_agent_handed_over",
+            "Flows that started in order while the last bytes of one before them left.",
+            labels=["domain"],
+        )
+        demoted = CounterMetricFamily(
+            "intentd_agent_demoted",
+            "Flows that started in order and whose mark was withdrawn.",
+            labels=["domain"],
+        )
         labels = ["domain", "class"]
         waiting = GaugeMetricFamily("intentd_agent_waiting_flows", "Flows waiting.", labels=labels)
         active = GaugeMetricFamily("intentd_agent_active_flows", "Flows sending.", labels=labels)
@@ -89,6 +101,8 @@ class AgentCollector(Collector):
             arrivals.add_metric([name], meter.arrivals)
             arrived.add_metric([name], meter.arrived_bytes)
             finished.add_metric([name], meter.finished)
+            handed_over.add_metric([name], domain.gate.handed_over)
+            demoted.add_metric([name], domain.gate.demoted)
             for reason, count in meter.degraded.items():
                 degraded.add_metric([name, reason], count)
             for index, (queued, sending) in enumerate(
@@ -100,7 +114,8 @@ class AgentCollector(Collector):
                 for index, histogram in table.items():
                     family.add_metric([name, str(index)], histogram.count, histogram.sum)
             handover.add_metric([name], meter.handover.count, meter.handover.sum)
-        yield from (arrivals, arrived, finished, degraded, waiting, active, fct, wait, handover)
+        yield from (arrivals, arrived, finished, degraded, handed_over, demoted)
+        yield from (waiting, active, fct, wait, handover)
 
     def _tc(self) -> Metric:
         states = GaugeMetricFamily(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 RECENT: Final = 4096  # ended flows that `explain` still knows
 _STAMP_SLACK_NS: Final = 1_000_000
 _ROUTES: Final = 4096  # peers whose domain is remembered
+CLAIM_S: Final = 1.0  # how long an application may take from its start by the board to its OPEN
+_CLAIM_CHECK_S: Final = 0.02
 
 
 class Marker(Protocol):
@@ -52,6 +55,7 @@ class Counts:
         self.mark_failures = 0
         self.no_domain = 0
         self.died_holding = 0
+        self.early_announcements = 0
         self.opened = 0
 
 
@@ -96,6 +100,7 @@ class GateShell:
         self._route_cache: OrderedDict[str, Domain | None] = OrderedDict()
         self._recent: deque[FlowRecord] = deque(maxlen=recent)
         self._next_flow = 1
+        self._claims: dict[tuple[str, int], float] = {}  # expected by the gate -> until when
         self._wake_at: float | None = None
         self._actions: dict[type, Callable[[Application, Any, socket.socket | None], None]] = {
             wire.Open: self._open,
@@ -125,6 +130,7 @@ class GateShell:
     def set_policy(self, domain: Domain, policy: DomainPolicy, number: tuple[int, int]) -> None:
         """Swap a domain's policy: nothing that waits is lost, running flows stay."""
         now = self._now()
+        self._claims.clear()
         releases = domain.gate.set_policy(policy, now=now)
         domain.adopt(policy, number)
         for record in self.flows.values():
@@ -253,6 +259,8 @@ class GateShell:
             if record.outcome == SENDING:
                 self.counts.died_holding += 1
             self._end(record, "left", now)
+        if self._claims:
+            self._check_claims(now)
 
     # -- messages ---------------------------------------------------------------------------------
 
@@ -270,7 +278,12 @@ class GateShell:
         if self._board is not None:
             flags |= wire.WELCOME_BOARD
         welcome = wire.encode_welcome(request, self._boot, flags, self._max_flows)
-        application.send(welcome, None if self._board is None else self._board.fd)
+        board = None if self._board is None else self._board.descriptor()
+        try:
+            application.send(welcome, board)
+        finally:
+            if board is not None:
+                os.close(board)
 
     def _open(
         self, application: Application, message: wire.Open, passed: socket.socket | None
@@ -303,6 +316,9 @@ class GateShell:
         flow = self._next_flow
         record = FlowRecord(flow, application, message, domain)
         record.arrived = now
+        started = message.flags == wire.STARTED
+        if self._board is not None and domain is not None and not started:
+            self._look_for_claim(domain, message.size_bytes, hint, now)
         if domain is None:
             self.counts.no_domain += 1
             releases = [Release(flow, 0, "no_domain")]
@@ -313,7 +329,7 @@ class GateShell:
                     message.size_bytes,
                     now=now,
                     class_index=hint,
-                    started=message.flags == wire.STARTED,
+                    started=started,
                 )
             except GateFullError as error:
                 raise ProtocolError(
@@ -328,10 +344,34 @@ class GateShell:
         if passed is not None:
             record.class_index = domain.gate.class_index_of(flow) or 0
             self._mark_socket(record, passed)
+        if started and self._claims:
+            self._claims.pop((domain.name, releases[0].class_index), None)
         self._after(domain, releases, now)
         domain.meter.arrived(message.size_bytes, now)
         if record.outcome == WAITING:
             self._queued(record, domain)
+
+    def _look_for_claim(self, domain: Domain, size: int, hint: int | None, now: float) -> None:
+        """Before a flow that asks arrives: has another started there by the board just now?"""
+        assert self._board is not None
+        if self._claims:
+            self._check_claims(now)
+        index = domain.policy.class_of(size) if hint is None else hint
+        if self._board.take(domain, index):
+            domain.gate.expect(index, now=now)
+            self._claims[domain.name, index] = now + CLAIM_S
+            self._woken(now + _CLAIM_CHECK_S)
+
+    def _check_claims(self, now: float) -> None:
+        """Who claimed a class and let go of it without a flow, or died, is waited for no longer."""
+        assert self._board is not None
+        for (name, index), until in list(self._claims.items()):
+            domain = self.domains.get(name)
+            if domain is None:
+                del self._claims[name, index]
+            elif now >= until or not self._board.claimed(domain, index):
+                del self._claims[name, index]
+                self._after(domain, domain.gate.unexpect(index, now=now), now)
 
     def _hint(self, message: wire.Open, domain: Domain) -> int | None:
         last = len(domain.policy.classes) - 1
@@ -394,6 +434,9 @@ class GateShell:
         record = self._record(application, message.request, "ANNOUNCE")
         domain = record.domain
         if domain is None or record.outcome != SENDING:
+            return
+        if message.bytes_left > domain.early_fin_bytes:
+            self.counts.early_announcements += 1  # a hand-over is of so many bytes at most
             return
         now = self._now()
         self._after(domain, domain.gate.announce(record.flow, now=now), now)
@@ -516,6 +559,11 @@ class GateShell:
         """Release what has waited too long; call at the time told to ``woken``, or later."""
         now = self._now()
         self._wake_at = None
+        if self._claims:
+            self._check_claims(now)
+            if self._claims:
+                self._wake_at = now + _CLAIM_CHECK_S
+                self._woken(self._wake_at)
         for domain in self.domains.values():
             if domain.timer is not None and domain.timer <= now:
                 self._after(domain, domain.gate.expire(now=now), now)

@@ -94,6 +94,8 @@ _BOARD_CLASS: Final = struct.Struct("=QIHH")
 _BOARD_HEAD_BYTES: Final = 64
 _BOARD_CLASSES: Final = 64
 _BOARD_SMALL: Final = 2  # free for flows up to the domain's bound
+_OFD_SETLK: Final = 37  # linux/fcntl.h, F_OFD_SETLK: locks that belong to the open file
+_LOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _TIMEVAL: Final = struct.Struct("ll")
 
 _SIOCOUTQNSD: Final = 0x894B  # linux/sockios.h: bytes not handed to the network layer yet
@@ -276,8 +278,8 @@ class _Offer(NamedTuple):
 class Board:
     """The agent's board, read: which classes are free (docs/wire.md). Other threads may read too.
 
-    An own start is not on the board until the agent has heard of it. ``start`` therefore remembers
-    the classes taken until ``settled`` tells that the agent has.
+    An own start is not on the board until the agent has heard of it. ``start`` therefore claims the
+    class, among this host's programs and in this one, until ``settled`` tells that the agent has.
     """
 
     def __init__(self, fd: int) -> None:
@@ -285,6 +287,7 @@ class Board:
         self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         if self._map[:8] != struct.pack("=II", _BOARD_MAGIC, 1):
             raise ValueError("not a board of version 1")
+        self._fd = os.dup(fd)
         self._view = memoryview(self._map)
         self._words = self._view.cast("H")
         self._generations = self._view.cast("Q")
@@ -293,7 +296,11 @@ class Board:
         self._default = b""
         self._domains: dict[bytes, tuple[list[int], list[_Offer], int, int]] = {}
         self._taken: dict[tuple[bytes, int], int] = {}
-        self._starts: dict[int, tuple[bytes, int]] = {}
+        self._starts: dict[int, tuple[bytes, int, int]] = {}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
 
     def start(self, request: int, size: int, domain: bytes, has_peer: bool) -> _Offer | None:
         """The flow's class if it is free; it then counts as taken by this request."""
@@ -309,12 +316,25 @@ class Board:
         limits, offers, at, small = known
         index = bisect.bisect_left(limits, size)
         key = (domain, index)
-        free = self._words[at + index * (_BOARD_CLASS.size // 2)]
+        at += index * (_BOARD_CLASS.size // 2)
+        free = self._words[at]
         if not free or (free == _BOARD_SMALL and size > small) or key in self._taken:
             return None
+        if not self._lock(at, fcntl.F_WRLCK):
+            return None  # another program is about to start there
+        if self._words[at] != free or self._generations[1] != self._read_at:
+            self._lock(at, fcntl.F_UNLCK)
+            return None
         self._taken[key] = request
-        self._starts[request] = key
+        self._starts[request] = (domain, index, at)
         return offers[index]
+
+    def _lock(self, word: int, kind: int) -> bool:
+        try:
+            fcntl.fcntl(self._fd, _OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, 2 * word, 2, 0))
+        except OSError:
+            return False
+        return True
 
     @property
     def unsettled(self) -> bool:
@@ -323,9 +343,10 @@ class Board:
 
     def settled(self, request: int) -> None:
         """The agent has answered: the board shows what this request took."""
-        key = self._starts.pop(request, None)
-        if key is not None:
-            self._taken.pop(key, None)
+        start = self._starts.pop(request, None)
+        if start is not None:
+            self._taken.pop(start[:2], None)
+            self._lock(start[2], fcntl.F_UNLCK)
 
     def _read(self) -> bool:
         """Domains and classes, when the agent has written them anew. False: it is at it."""

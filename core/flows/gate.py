@@ -40,9 +40,9 @@ class Release(NamedTuple):  # made for every flow: a third of what a frozen data
     """A flow may start now.
 
     degraded: "" when order and multiplexing level hold, else why they may not:
-        "timeout" (waited max_wait), "early_fin" (one before it announced its end but still
-        sends), "raced" (started by itself on a class it saw free, which no longer was); the turn
-        protocol adds "lease" and "fallback".
+        "timeout" (waited max_wait), "early_fin" (one before it announced its end and has not
+        ended long after), "raced" (started by itself on a class it saw free, which no longer
+        was); the turn protocol adds "lease" and "fallback".
     """
 
     flow: int
@@ -53,17 +53,29 @@ class Release(NamedTuple):  # made for every flow: a third of what a frozen data
 class FlowState(enum.Enum):
     WAITING = "waiting"  # in its class's queue
     SENDING = "sending"  # released; holds one of the class's mpl places
-    ANNOUNCED = "announced"  # still sends, but its place has been passed on
+    ANNOUNCED = "announced"  # in hand-over: its last bytes leave, its place has been passed on
+    OVERDUE = "overdue"  # announced its end, and has not ended within the hand-over's bound
 
 
 # Read from here: up to Python 3.11, reading a member from its class is slow (120 ns against 14).
 _WAITING: Final = FlowState.WAITING
 _SENDING: Final = FlowState.SENDING
 _ANNOUNCED: Final = FlowState.ANNOUNCED
+_OVERDUE: Final = FlowState.OVERDUE
 
 
 class _Flow:
-    __slots__ = ("arrived", "class_index", "flow", "pinned", "sequence", "size", "state")
+    __slots__ = (
+        "arrived",
+        "class_index",
+        "flow",
+        "handed_over",
+        "mark",
+        "pinned",
+        "sequence",
+        "size",
+        "state",
+    )
 
     def __init__(
         self, flow: int, size: int, class_index: int, pinned: bool, arrived: float, sequence: int
@@ -75,18 +87,50 @@ class _Flow:
         self.arrived = arrived
         self.sequence = sequence
         self.state = _WAITING
+        self.mark: str | None = None
+        self.handed_over = -math.inf  # when it started on an announcement
 
 
 class _Class:
-    __slots__ = ("announced", "mpl", "queue", "sending", "waiting")
+    __slots__ = (
+        "announced",
+        "expected",
+        "handover_bytes",
+        "leaving_bytes",
+        "mpl",
+        "overdue",
+        "queue",
+        "sending",
+        "waiting",
+    )
 
-    def __init__(self, policy: ClassPolicy) -> None:
+    def __init__(self, policy: ClassPolicy, handover_bytes: int) -> None:
+        self.handover_bytes = handover_bytes
+        self.leaving_bytes = 0  # at most, of the flows in hand-over
         self.mpl = math.inf if policy.mpl == UNLIMITED else policy.mpl
         # (key, sequence, flow); entries whose flow no longer waits here are skipped when met.
         self.queue: list[tuple[float, int, int]] = []
         self.waiting = 0
         self.sending = 0
         self.announced = 0
+        self.overdue = 0
+        self.expected = 0  # 1: a flow has started of which the gate will hear
+
+    @property
+    def free(self) -> bool:
+        """Whether one more may start: a place, and no more hand-overs under way than there may."""
+        return self.sending + self.expected < self.mpl and (
+            self.announced <= self.mpl or self.leaving_bytes < self.handover_bytes
+        )
+
+    def announces(self, size: int) -> None:
+        self.announced += 1
+        self.leaving_bytes += min(size, self.handover_bytes)
+
+    def leaves(self, size: int) -> None:
+        """A flow in hand-over has ended, or is overdue."""
+        self.announced -= 1
+        self.leaving_bytes -= min(size, self.handover_bytes)
 
 
 class FlowGate:
@@ -94,8 +138,16 @@ class FlowGate:
 
     A flow is WAITING, then SENDING, perhaps ANNOUNCED, then forgotten:
     arrive -> WAITING or SENDING; release (arrive, finish, cancel, announce, expire, set_policy)
-    WAITING -> SENDING; announce SENDING -> ANNOUNCED; finish SENDING | ANNOUNCED -> gone;
-    cancel any -> gone. Anything else raises StateError.
+    WAITING -> SENDING; announce SENDING -> ANNOUNCED; expire ANNOUNCED -> OVERDUE; finish SENDING |
+    ANNOUNCED | OVERDUE -> gone; cancel any -> gone. Anything else raises StateError.
+
+    A flow that announces its end is in hand-over while its last bytes leave: its place passes on,
+    to one that starts in order (``handed_over`` counts those). When a flow starts, at most mpl
+    flows are in hand-over, or any number with less than early_fin_bytes left in all: so mpl
+    flows send beside the last bytes of mpl others, or of small ones that are no more. A flow
+    that has not ended within ``DomainPolicy.handover_s`` is overdue: its announcement was wrong,
+    the marks of those that started after it, on announcements, become "early_fin" (``demoted``),
+    and so is the mark of starts that need its place.
 
     Every call takes `now`, seconds on one monotonic clock (a reading that lies before an earlier
     one counts as that one), and costs O(log n) in the flows waiting, set_policy O(n log n).
@@ -103,7 +155,8 @@ class FlowGate:
     GateFullError and its sender goes on without the gate. Expiry: whoever waited max_wait_s is
     released as degraded, on top of mpl; later ordered releases of the class wait until it is
     below mpl again. A flow may also say that it has started already, because ``admits`` told its
-    class was free: it is ordered if that still holds, else "raced", on top of mpl as well.
+    class was free: it is ordered if that still holds, else "raced", on top of mpl as well. Where
+    the caller knows of such a start before it arrives, ``expect`` keeps its place.
     """
 
     def __init__(self, policy: DomainPolicy, *, max_flows: int = MAX_FLOWS) -> None:
@@ -111,8 +164,11 @@ class FlowGate:
         self.max_flows = max_flows
         self._flows: dict[int, _Flow] = {}
         self._waiting: OrderedDict[int, _Flow] = OrderedDict()  # in order of arrival
+        self._handovers: OrderedDict[int, tuple[float, float]] = OrderedDict()  # announced, due
         self._sequence = 0
         self._now = -math.inf
+        self.handed_over = 0
+        self.demoted = 0
         self._adopt(policy)
 
     def arrive(
@@ -149,7 +205,10 @@ class FlowGate:
         entry = _Flow(flow, size_bytes, index, class_index is not None, now, self._sequence)
         self._flows[flow] = entry
         cls = self._classes[index]
-        if not cls.waiting and cls.sending < cls.mpl:
+        if started and cls.expected:
+            cls.expected = 0
+            return [self._start(entry, cls, ORDERED if cls.free else RACED)]
+        if not cls.waiting and cls.free:
             return [self._start(entry, cls)]
         if started:
             return [self._start(entry, cls, RACED)]
@@ -179,22 +238,37 @@ class FlowGate:
         return []
 
     def announce(self, flow: int, *, now: float) -> list[Release]:
-        """Early FIN: the place passes on though the flow still sends. Again: nothing."""
-        self._advance(now)
-        entry = self._get(flow, "announces its end", _SENDING, _ANNOUNCED)
-        if entry.state is _ANNOUNCED:
+        """Early FIN: the place passes on while the last bytes leave. Again: nothing."""
+        now = self._advance(now)
+        entry = self._get(flow, "announces its end", _SENDING, _ANNOUNCED, _OVERDUE)
+        if entry.state is not _SENDING:
             return []
         entry.state = _ANNOUNCED
+        self._handovers[flow] = (now, now + self._handover_s)
         cls = self._classes[entry.class_index]
         cls.sending -= 1
-        cls.announced += 1
+        cls.announces(entry.size)
         return self._pump(entry.class_index)
 
+    def expect(self, class_index: int, *, now: float) -> None:
+        """A flow has started in this class and will arrive: until then nobody gets its place."""
+        self._advance(now)
+        self._classes[class_index].expected = 1
+
+    def unexpect(self, class_index: int, *, now: float) -> list[Release]:
+        """It will not arrive. Nothing where none is expected, or the class is gone."""
+        self._advance(now)
+        if class_index >= len(self._classes) or not self._classes[class_index].expected:
+            return []
+        self._classes[class_index].expected = 0
+        return self._pump(class_index)
+
     def expire(self, *, now: float) -> list[Release]:
-        """Release whoever has waited max_wait_s, oldest first, marked "timeout"."""
+        """Release whoever has waited max_wait_s, oldest first, marked "timeout"; and whoever waits
+        for a hand-over that is overdue."""
         now = self._advance(now)
         max_wait = self.policy.max_wait_s
-        released = []
+        released = self._overdue(now) if self._handovers else []
         while self._waiting:
             entry = next(iter(self._waiting.values()))
             if now < entry.arrived + max_wait:
@@ -207,10 +281,14 @@ class FlowGate:
         return released
 
     def next_timer(self) -> float | None:
-        """When expire has something to do, on the same clock; None while nobody waits."""
+        """When expire has something to do, on the same clock; None while it has not."""
+        at = None
         for entry in self._waiting.values():
-            return entry.arrived + self.policy.max_wait_s
-        return None
+            at = entry.arrived + self.policy.max_wait_s
+            break
+        for _, due in self._handovers.values():
+            return due if at is None or due < at else at
+        return at
 
     def set_policy(self, policy: DomainPolicy, *, now: float) -> list[Release]:
         """Follow another policy from now on; returns whom it lets start.
@@ -230,8 +308,10 @@ class FlowGate:
             cls = self._classes[entry.class_index]
             if entry.state is _SENDING:
                 cls.sending += 1
+            elif entry.state is _ANNOUNCED:
+                cls.announces(entry.size)
             else:
-                cls.announced += 1
+                cls.overdue += 1
         for entry in self._waiting.values():
             entry.class_index = self._class_after_change(entry)
             self._enqueue(entry, self._classes[entry.class_index])
@@ -249,26 +329,32 @@ class FlowGate:
         entry = self._flows.get(flow)
         return None if entry is None else entry.state
 
+    def mark_of(self, flow: int) -> str | None:
+        """The mark of a started flow as it stands now; None while it waits or is not held."""
+        entry = self._flows.get(flow)
+        return None if entry is None else entry.mark
+
     def queue_lengths(self) -> list[int]:
         """Flows waiting, per class."""
         return [cls.waiting for cls in self._classes]
 
     def active(self) -> list[int]:
         """Flows sending, announced ones too, per class."""
-        return [cls.sending + cls.announced for cls in self._classes]
+        return [cls.sending + cls.announced + cls.overdue for cls in self._classes]
 
     def admits(self) -> list[int]:
         """Per class, 1 if the next arrival starts at once, else 0; size must be what chooses it."""
         if not self._by_size:
             return [0] * len(self._classes)
-        return [int(not cls.waiting and cls.sending < cls.mpl) for cls in self._classes]
+        return [int(not cls.waiting and cls.free) for cls in self._classes]
 
     def __len__(self) -> int:
         return len(self._flows)
 
     def _adopt(self, policy: DomainPolicy) -> None:
-        self._classes = [_Class(cls) for cls in policy.classes]
+        self._classes = [_Class(cls, policy.early_fin_bytes) for cls in policy.classes]
         self._by_size = policy.dispatch == "size"
+        self._handover_s = policy.handover_s
         # Ascending and infinity last where size decides: the class is where the size fits in.
         self._thresholds = [cls.threshold_bytes for cls in policy.classes]
 
@@ -302,7 +388,7 @@ class FlowGate:
         best, fewest = 1, math.inf
         for index in range(1, len(classes)):
             cls = classes[index]
-            work = cls.waiting + cls.sending + cls.announced
+            work = cls.waiting + cls.sending + cls.announced + cls.overdue
             if work < fewest:
                 best, fewest = index, work
                 if not work:
@@ -331,25 +417,57 @@ class FlowGate:
         cls.waiting += 1
 
     def _start(self, entry: _Flow, cls: _Class, degraded: str = ORDERED) -> Release:
-        if not degraded and cls.announced and cls.sending + cls.announced >= cls.mpl:
-            degraded = EARLY_FIN
+        if not degraded and (cls.announced or cls.overdue):
+            if cls.sending + cls.overdue >= cls.mpl:
+                degraded = EARLY_FIN
+            elif cls.sending + cls.overdue + cls.announced >= cls.mpl:
+                entry.handed_over = self._now
+                self.handed_over += 1
         entry.state = _SENDING
+        entry.mark = degraded
         cls.sending += 1
         return Release(entry.flow, entry.class_index, degraded)
 
     def _leave(self, entry: _Flow) -> list[Release]:
         del self._flows[entry.flow]
         cls = self._classes[entry.class_index]
-        if entry.state is _ANNOUNCED:
-            cls.announced -= 1
-        else:
+        if entry.state is _SENDING:
             cls.sending -= 1
+        elif entry.state is _ANNOUNCED:
+            del self._handovers[entry.flow]
+            cls.leaves(entry.size)
+        else:
+            cls.overdue -= 1
         return self._pump(entry.class_index) if cls.waiting else []
+
+    def _overdue(self, now: float) -> list[Release]:
+        """Flows that announced their end and go on all the same: it no longer counts as one."""
+        released: list[Release] = []
+        while self._handovers:
+            flow, (announced, due) = next(iter(self._handovers.items()))
+            if now < due:
+                break
+            del self._handovers[flow]
+            entry = self._flows[flow]
+            entry.state = _OVERDUE
+            cls = self._classes[entry.class_index]
+            cls.leaves(entry.size)
+            cls.overdue += 1
+            for heir in self._flows.values():
+                if (
+                    heir.class_index == entry.class_index
+                    and heir.handed_over >= announced
+                    and heir.mark == ORDERED
+                ):
+                    heir.mark = EARLY_FIN
+                    self.demoted += 1
+            released += self._pump(entry.class_index)
+        return released
 
     def _pump(self, index: int) -> list[Release]:
         cls = self._classes[index]
         released = []
-        while cls.waiting and cls.sending < cls.mpl:
+        while cls.waiting and cls.free:
             _, sequence, flow = heappop(cls.queue)
             entry = self._waiting.get(flow)
             if entry is None or entry.sequence != sequence:

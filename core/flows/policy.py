@@ -16,6 +16,7 @@ from intentd.core.errors import PolicyError
 MAX_CLASSES: Final = 64
 MAX_DOMAINS: Final = 256
 UNLIMITED: Final = 0  # multiplexing level of a class without a gate
+HANDOVER_S: Final = 0.25  # above TCP's least retransmission timeout (200 ms on Linux)
 
 ORDERS: Final = ("fifo", "boost", "sjf")
 SEQUENCING: Final = ("local", "global")
@@ -56,7 +57,8 @@ class DomainPolicy:
         to the first class without work (Baraat FIFO-LM).
     max_wait_s: a flow that waited longer is released, marked degraded.
     batch_bytes: bytes that may ride on one waiting ticket (0: no batching).
-    early_fin_bytes: the turn is announced when this much is left to send (0: at the end).
+    early_fin_bytes: the turn is announced when this much is left to send (0: at the end); it then
+        leaves while the next flow starts (hand-over).
     local_below_bytes: flows up to this size (one bandwidth-delay product) skip global order.
     """
 
@@ -80,6 +82,13 @@ class DomainPolicy:
             if size_bytes <= cls.threshold_bytes:
                 return index
         return len(self.classes) - 1
+
+    @property
+    def handover_s(self) -> float:
+        """How long a flow that announced its end may go on: its last bytes at the rate that the
+        smallest class is sure of, and as long as a lost packet takes to be noticed."""
+        smallest = min(cls.weight for cls in self.classes)
+        return HANDOVER_S + self.early_fin_bytes * 8 / (smallest * self.rate_bps)
 
 
 @dataclass(frozen=True, slots=True)

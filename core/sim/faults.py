@@ -2,11 +2,12 @@
 
 A run has three parts: calm, in which agents register; faults (loss, kills, pauses, cuts); healed.
 Checked at every start that is marked ordered, over all agents whose lease runs by their own
-clocks: fewer than mpl earlier ids of the class are held there, and at most mpl flows that started
-in order are sending. Checked besides: no flow starts twice, no id is given out twice in an epoch,
-every flow of a living agent starts within max_wait, and what arrives more than RECOVERY_S after
-healing starts in order. A mark is vouched for by a living agent that holds its lease; what a dead
-or cut-off agent's applications still send is not counted (its successor's start is: "lease").
+clocks: fewer than mpl earlier ids of the class are held there, with those in hand-over fewer than
+2 mpl, and at most mpl flows that started in order are sending. Checked besides: no flow starts
+twice, no id is given out twice in an epoch, every flow of a living agent starts within max_wait,
+and what arrives more than RECOVERY_S after healing starts in order. A mark is vouched for by a
+living agent that holds its lease; what a dead or cut-off agent's applications still send is not
+counted (its successor's start is: "lease").
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ class Simulation:
                 math.inf, 0.4, mpl=1, sequencing="global", order=rng.choice(("fifo", "sjf"))
             ),
         )
-        early = self.faults.any and rng.random() < 0.3
+        early = rng.random() < 0.3
         return DomainPolicy(
             "link",
             1e9,
@@ -388,7 +389,7 @@ class Simulation:
             self.run_.order_violations += 1
             self.violate(f"{agent.name} flow {flow} starts in order without lease or ticket")
             return
-        earlier = sending = 0
+        earlier = sending = handovers = 0
         ours = self.given_out(member.epoch, class_index, ticket)
         for other in self.agents:
             if not other.vouches():
@@ -398,11 +399,14 @@ class Simulation:
             for held in them.held_ids(class_index):
                 theirs = self.given_out(them.epoch, class_index, held)
                 earlier += theirs < ours and not (other is agent and held == ticket)
-        if earlier >= mpl or sending > mpl:
+            for held in them.announced_ids(class_index):
+                handovers += self.given_out(them.epoch, class_index, held) < ours
+        if earlier >= mpl or sending > mpl or earlier + handovers >= 2 * mpl:
             self.run_.order_violations += 1
             self.violate(
                 f"{agent.name} flow {flow} starts on ({member.epoch}, {ticket}) in class "
-                f"{class_index}: {earlier} earlier ids are held, {sending} send in order, mpl {mpl}"
+                f"{class_index}: {earlier} earlier ids are held, {handovers} in hand-over, "
+                f"{sending} send in order, mpl {mpl}"
             )
 
     def given_out(self, epoch: int, class_index: int, ticket: int) -> tuple[int, int]:

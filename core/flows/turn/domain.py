@@ -153,6 +153,14 @@ class DomainGate:
             return self._out([], now)
         return self._out(self._gate.announce(flow, now=now), now)
 
+    def expect(self, class_index: int, *, now: float) -> None:
+        """A flow has started by ``admits`` and will arrive: until then nobody gets its place."""
+        self._gate.expect(class_index, now=now)
+
+    def unexpect(self, class_index: int, *, now: float) -> list[Release]:
+        """It will not arrive."""
+        return self._out(self._gate.unexpect(class_index, now=now), now)
+
     def expire(self, *, now: float) -> list[Release]:
         """Serve every timer that is due: max_wait, heartbeats, probes, repeats, the lease."""
         released = self._turn.expire(now=now)
@@ -251,7 +259,13 @@ class DomainGate:
 
     @property
     def demoted(self) -> int:
-        return self._turn.demoted
+        """Flows that started in order and whose mark was withdrawn."""
+        return self._turn.demoted + self._gate.demoted
+
+    @property
+    def handed_over(self) -> int:
+        """Flows that started in order while the one before sent its announced last bytes."""
+        return self._turn.handed_over + self._gate.handed_over
 
     def class_index_of(self, flow: int) -> int | None:
         """Class of a flow held here, else None."""
@@ -267,7 +281,11 @@ class DomainGate:
         entry = self._flows.get(flow)
         if entry is None:
             return None
-        return self._turn.mark_of(flow) if entry.where == _TURN else entry.mark
+        if entry.where == _TURN:
+            return self._turn.mark_of(flow)
+        if entry.where == _GATE and entry.mark == "":
+            return self._gate.mark_of(flow)
+        return entry.mark
 
     def queue_lengths(self) -> list[int]:
         """Flows waiting, per class."""

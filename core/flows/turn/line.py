@@ -27,9 +27,12 @@ class Waiting:
 
 
 class Turn:
-    """Flows that use one id, one after the other. id 0: they hold none (any more)."""
+    """Flows that use one id, one after the other. id 0: they hold none (any more).
 
-    __slots__ = ("announced", "class_index", "flow", "id", "mark", "pending", "started")
+    relied: earlier ids that were in hand-over when it started, and of which its order depends.
+    """
+
+    __slots__ = ("announced", "class_index", "flow", "id", "mark", "pending", "relied", "started")
 
     def __init__(self, class_index: int, flow: int, ticket: int, mark: str, now: float) -> None:
         self.class_index = class_index
@@ -38,6 +41,7 @@ class Turn:
         self.mark = mark
         self.pending: deque[Waiting] = deque()
         self.announced = False
+        self.relied: tuple[int, ...] = ()
         self.started = now
 
 
@@ -51,9 +55,11 @@ class Line:
     __slots__ = (
         "batched",
         "batches",
+        "due",
         "index",
         "last_start",
         "open_bytes",
+        "overdue",
         "probe_at",
         "probe_wait_s",
         "progress",
@@ -84,6 +90,8 @@ class Line:
     def forget(self) -> None:
         """A new epoch: nothing is known of other members' ids."""
         self.progress = Progress()
+        self.due: dict[int, tuple[float, bool]] = {}  # ids in hand-over: bound, asked about
+        self.overdue: set[int] = set()  # announced, and not over within it
         self.synced = False
         self.unfinished = -1
         self.probe_at = math.inf
@@ -132,6 +140,24 @@ class Line:
                 for row in self.queue
                 if (other := waiting.get(row[2])) is not None and other.sequence == row[1]
             )
+
+    def note_handovers(self, until: float) -> None:
+        """Keep up with the ids that are announced: those heard of now have until then to end."""
+        bits = self.progress.announced
+        if not bits and not self.due and not self.overdue:
+            return
+        floor = self.progress.floor
+        ids = set()
+        while bits:
+            low = bits & -bits
+            bits ^= low
+            ids.add(floor + low.bit_length())
+        self.overdue &= ids
+        self.due = {one: self.due.get(one, (until, False)) for one in sorted(ids - self.overdue)}
+
+    def handovers_before(self, ticket: int) -> tuple[list[int], int]:
+        """Earlier ids in hand-over, and how many are overdue."""
+        return [one for one in self.due if one < ticket], sum(one < ticket for one in self.overdue)
 
     def holds_any(self, first: int, count: int) -> bool:
         """Is one of these ids a ticket or a turn of ours?"""

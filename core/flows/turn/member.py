@@ -27,7 +27,7 @@ from intentd.core.flows.turn.line import Line, Turn, Waiting
 ORDERED: Final = ""
 TIMEOUT: Final = "timeout"  # waited max_wait
 LEASE: Final = "lease"  # an earlier id is over only by its holder's lease, or one's own ran out
-EARLY_FIN: Final = "early_fin"  # an earlier id passed its turn on and still sends
+EARLY_FIN: Final = "early_fin"  # an earlier id announced its end and did not end
 ESTIMATED: Final = "policy"  # decentralised turns: the policy asks for an estimate, not for order
 
 MAX_TICKETS: Final = 1024  # waiting ids a class; flows beyond wait for one without
@@ -109,7 +109,8 @@ class TurnMember:
 
     A flow is waiting (arrive), then sending (a Release names it), then gone (finish, cancel).
     ``demoted`` counts flows that started in order and whose mark was withdrawn since, because the
-    lease ran out while they were sending; mark_of tells a flow's mark of now.
+    lease ran out while they were sending, or an earlier id that had announced its end did not end
+    (``handed_over`` counts the starts that relied on one); mark_of tells a flow's mark of now.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class TurnMember:
         self.linked = False
         self.reason = "no connection to the sequencer"
         self.demoted = 0
+        self.handed_over = 0
         self.ignored = 0  # messages and runs that made no sense here
         self._lease_until = -math.inf
         self._lease_s = 0.0
@@ -287,6 +289,13 @@ class TurnMember:
         sending = [ticket for ticket, turn in line.turns.items() if not turn.announced]
         return sorted(line.tickets + sending)
 
+    def announced_ids(self, class_index: int) -> list[int]:
+        """Ids of this class whose flow sends its announced last bytes at this member."""
+        line = self._lines.get(class_index)
+        if line is None:
+            return []
+        return [ticket for ticket, turn in line.turns.items() if turn.announced]
+
     def queue_length(self, class_index: int) -> int:
         """Waiting flows of a class, those that wait inside a batch included."""
         line = self._lines.get(class_index)
@@ -312,6 +321,8 @@ class TurnMember:
                 if line.tickets or line.waiting:
                     self._balance(line, now)
                     released += self._advance(line, now)
+                if line.due:
+                    released += self._overdue(line, now)
                 if now >= line.probe_at:
                     self._probe(line, now)
         return released
@@ -333,6 +344,9 @@ class TurnMember:
                 times.append(recover)
             times += [max(at, recover) for _, _, at in self._requests.values()]
             times += [max(line.probe_at, recover) for line in self._lines.values()]
+            times += [
+                max(at, recover) for line in self._lines.values() for at, _ in line.due.values()
+            ]
             if self.policy.turn_mode == "decentralised":
                 times += [
                     self._estimate(line)
@@ -607,10 +621,7 @@ class TurnMember:
 
     def _probe(self, line: Line, now: float) -> None:
         if self.linked:
-            self._probe_number = self._probe_number % 0xFFFFFFFF + 1
-            self._outbox.append(
-                wire.Probe(self.domain_id, self.epoch, line.index, self._probe_number)
-            )
+            self._ask(line)
         if self.policy.turn_mode == "centralised":
             distance = max(1, line.unfinished)
             line.probe_at = now + min(self.timing.probe_max_s, self.timing.poll_s * distance)
@@ -619,6 +630,10 @@ class TurnMember:
                 self.timing.probe_max_s, max(self.timing.probe_s, 2 * line.probe_wait_s)
             )
             line.probe_at = now + line.probe_wait_s
+
+    def _ask(self, line: Line) -> None:
+        self._probe_number = self._probe_number % 0xFFFFFFFF + 1
+        self._outbox.append(wire.Probe(self.domain_id, self.epoch, line.index, self._probe_number))
 
     def _request(self, line: Line, count: int, now: float) -> None:
         self._request_number += 1
@@ -682,6 +697,7 @@ class TurnMember:
     def _advance(self, line: Line, now: float) -> list[Release]:
         """Start whoever's turn it is."""
         released: list[Release] = []
+        line.note_handovers(now + self.policy.handover_s)
         if self.state is not _MEMBER or now < self._recover_until:
             return released
         mpl = self.policy.classes[line.index].mpl if line.index < len(self.policy.classes) else 1
@@ -709,7 +725,32 @@ class TurnMember:
             return None
         if unfinished + lease + announced < mpl:
             return ORDERED
-        return EARLY_FIN if unfinished + lease < mpl else LEASE
+        handovers, overdue = line.handovers_before(ticket)
+        if len(handovers) > mpl:
+            return None
+        if unfinished + lease >= mpl:
+            return LEASE
+        return EARLY_FIN if unfinished + lease + overdue >= mpl else ORDERED
+
+    def _overdue(self, line: Line, now: float) -> list[Release]:
+        """Ids that were announced and are not over in time: ask once, then believe it no more."""
+        ask = False
+        for one, (at, asked) in list(line.due.items()):
+            if now < at:
+                continue
+            if not asked:
+                ask = True
+                line.due[one] = (now + self.policy.handover_s, True)
+                continue
+            del line.due[one]
+            line.overdue.add(one)
+            for turn in line.turns.values():
+                if one in turn.relied and turn.mark == ORDERED:
+                    turn.mark = EARLY_FIN
+                    self.demoted += 1
+        if ask and self.linked:
+            self._ask(line)
+        return self._advance(line, now)
 
     def _may_estimate(self, line: Line) -> bool:
         if not (line.tickets and line.waiting) or line.index >= len(self.policy.classes):
@@ -729,6 +770,10 @@ class TurnMember:
         entry = line.pop(self._waiting)
         del self._waiting[entry.flow]
         turn = Turn(line.index, entry.flow, ticket, mark, now)
+        mpl = max(1, self.policy.classes[line.index].mpl)
+        if mark == ORDERED and line.due and sum(line.progress.before(ticket)) >= mpl:
+            turn.relied = tuple(line.handovers_before(ticket)[0])
+            self.handed_over += 1
         total = entry.size_bytes
         while line.waiting:
             following = line.peek(self._waiting)

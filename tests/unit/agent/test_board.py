@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from intentd.agent import app_protocol as wire
 from intentd.agent import client as library
 from intentd.agent.board import BOARD_BYTES, Board
 from intentd.agent.client import AsyncFlows, Flows
 from intentd.agent.domain import Domain
+from intentd.agent.marking import mark
+from intentd.agent.shell import CLAIM_S, GateShell
 from intentd.core.flows.policy import ClassPolicy, DomainPolicy
 from intentd.core.flows.turn.domain import DomainGate
 
@@ -82,6 +85,118 @@ def test_a_class_is_taken_once_until_the_agent_has_answered(
     assert reader.start(2, 1, b"", has_peer=False) is not None
 
 
+def opened(board: Board) -> library.Board:
+    """As an application gets it."""
+    fd = board.descriptor()
+    try:
+        return library.Board(fd)
+    finally:
+        os.close(fd)
+
+
+def test_one_program_claims_a_free_class_and_the_others_ask(
+    board: Board, policy_of_two: Callable[..., DomainPolicy]
+) -> None:
+    domain = held(policy_of_two())
+    board.publish([domain], "up", routed=False)
+    one, other, third = opened(board), opened(board), opened(board)
+    assert one.start(1, 1, b"", has_peer=False) is not None
+    assert other.start(1, 1, b"", has_peer=False) is None
+    assert other.start(2, 5001, b"", has_peer=False) is not None  # another class
+    assert board.claimed(domain, 0)
+    one.settled(1)
+    assert not board.claimed(domain, 0)
+    assert other.start(3, 1, b"", has_peer=False) is not None
+    del other  # it died
+    assert third.start(1, 1, b"", has_peer=False) is not None
+
+
+def test_the_agent_sees_who_has_claimed_before_a_flow_that_asked_starts(
+    board: Board, policy_of_two: Callable[..., DomainPolicy]
+) -> None:
+    domain = held(policy_of_two())
+    board.publish([domain], "up", routed=False)
+    one, other = opened(board), opened(board)
+    assert one.start(1, 1, b"", has_peer=False) is not None
+    assert board.take(domain, 0)
+    assert not board.take(domain, 0)  # shown as taken already
+    assert not board.take(domain, 1)
+    assert other.start(1, 5001, b"", has_peer=False) is None
+
+
+class Peer:
+    """An application as the shell sees it."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.pid, self.uid, self.gid, self.name = number, number, 0, 0, ""
+        self.flows: dict[int, Any] = {}
+        self.got: list[Any] = []
+
+    def send(self, packet: bytes, fd: int | None = None) -> None:
+        self.got.append(wire.decode_reply(packet))
+
+    def reasons(self) -> list[str]:
+        return [reply.reason for reply in self.got if isinstance(reply, wire.Grant)]
+
+
+class Claimed:
+    """A shell whose class 0 an application has claimed, when another asks for it."""
+
+    def __init__(self, board: Board, policy: DomainPolicy) -> None:
+        self.now = 100.0
+        self.woken: list[float] = []
+        self.shell = GateShell(
+            now=lambda: self.now, mark=mark, woken=self.woken.append, board=board
+        )
+        self.domain = held(policy)
+        self.shell.set_domains([self.domain], [], policy.domain)
+        self.starter: library.Board | None = opened(board)
+        assert self.starter.start(1, 1, b"", has_peer=False) is not None
+        self.asks, self.starts = Peer(1), Peer(2)
+        self.shell.message(self.asks, wire.Open(1, 1), None)
+        assert self.asks.reasons() == []
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        assert min(self.woken) <= self.now
+        self.shell.tick()
+
+
+@pytest.fixture
+def claimed(board: Board, policy_of_two: Callable[..., DomainPolicy]) -> Claimed:
+    return Claimed(board, policy_of_two())
+
+
+def test_who_asks_waits_for_who_has_started_and_both_are_in_order(claimed: Claimed) -> None:
+    claimed.tick(0.05)
+    claimed.shell.message(claimed.starts, wire.Open(1, 1, flags=wire.STARTED), None)
+    assert claimed.starts.reasons() == [""]
+    claimed.tick(0.05)
+    assert claimed.asks.reasons() == []
+    claimed.shell.message(claimed.starts, wire.Done(1, 1), None)
+    assert claimed.asks.reasons() == [""]
+
+
+def test_a_claim_without_a_flow_holds_nobody_up(claimed: Claimed) -> None:
+    claimed.starter = None  # its program died
+    claimed.tick(0.05)
+    assert claimed.asks.reasons() == [""]
+
+
+def test_a_claim_is_not_waited_for_for_ever(claimed: Claimed) -> None:
+    claimed.tick(CLAIM_S)
+    assert claimed.asks.reasons() == [""]
+    claimed.shell.message(claimed.starts, wire.Open(1, 1, flags=wire.STARTED), None)
+    assert claimed.starts.reasons() == ["raced"]
+
+
+def test_who_claimed_and_asks_after_all_takes_its_place_in_the_queue(claimed: Claimed) -> None:
+    assert claimed.starter is not None
+    claimed.starter.settled(1)
+    claimed.shell.message(claimed.starts, wire.Open(1, 1), None)
+    assert (claimed.asks.reasons(), claimed.starts.reasons()) == ([""], [])
+
+
 def test_nobody_starts_while_the_agent_writes_or_after_it_left(
     board: Board, policy_of_two: Callable[..., DomainPolicy]
 ) -> None:
@@ -121,13 +236,15 @@ def test_where_hosts_take_turns_only_small_flows_start(board: Board) -> None:
 
 
 def test_applications_cannot_write_shrink_or_grow_it(board: Board) -> None:
+    fd = board.descriptor()
     with pytest.raises(PermissionError):
-        mmap.mmap(board.fd, BOARD_BYTES, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        mmap.mmap(fd, BOARD_BYTES, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     with pytest.raises(PermissionError):
-        os.pwrite(board.fd, b"x", 0)
+        os.pwrite(fd, b"x", 0)
     for size in (10, BOARD_BYTES + 1):
         with pytest.raises(PermissionError):
-            os.ftruncate(board.fd, size)
+            os.ftruncate(fd, size)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("content", [b"", b"IABD", struct.pack("=II", 0x49414244, 2) + bytes(96)])
@@ -176,7 +293,7 @@ def test_a_busy_class_is_waited_for(local_agent: Any, flows: Flows) -> None:
     assert agent.domain.gate.starts == {"": 3}
 
 
-def test_two_applications_at_once_race_and_it_is_counted(
+def test_two_applications_at_once_start_one_after_the_other(
     local_agent: Any, flows: Flows, tmp_path: Path
 ) -> None:
     agent = local_agent(board=True)
@@ -192,17 +309,19 @@ def test_two_applications_at_once_race_and_it_is_counted(
 
     agent.loop.call_soon_threadsafe(stop_reading)
     held_up.wait(30)
-    mine, theirs = flows.open(100), other.open(100)  # neither has reached the agent
+    mine = flows.open(100)  # has started, and has not reached the agent
+    theirs: list[library.Flow] = []
+    thread = threading.Thread(target=lambda: theirs.append(other.open(100)))
+    thread.start()
     hold.set()
-    agent.until(lambda: agent.domain.gate.active() == [2, 0])
-    assert agent.domain.gate.starts == {"": 3, "raced": 1}
+    agent.until(lambda: agent.domain.gate.queue_lengths() == [1, 0])
+    assert agent.domain.gate.active() == [1, 0]
     mine.close()
-    theirs.close()
+    thread.join(30)
+    theirs[0].close()
     agent.until(lambda: not agent.shell.flows)
-    for client in (flows, other):  # read what the agent had to say of them
-        client.open(100).close()
-        client.open(100).close()
-    assert flows.degraded + other.degraded == {"raced": 1}
+    assert agent.domain.gate.starts == {"": 4}
+    assert flows.degraded + other.degraded == {}
     other.close()
 
 

@@ -109,14 +109,17 @@ def test_the_grant_leaves_before_the_books_are_kept(
     assert host.domain.meter.finished == 1
 
 
-def test_announce_passes_the_turn_on_and_marks_the_heir(host: Host) -> None:
+def test_announce_hands_the_turn_over_in_order(host: Host) -> None:
     a, b = Peer(1), Peer(2)
     host.say(a, wire.Open(1, 100))
     host.say(b, wire.Open(1, 100))
+    host.say(a, wire.Announce(1, 65537))  # more than is left in a hand-over
+    assert host.shell.counts.early_announcements == 1
     host.say(a, wire.Announce(1, 50))
-    assert b.take() == [granted(1, 2, reason="early_fin")]
+    assert b.take()[-1] == granted(1, 2)
     assert host.say(a, wire.Done(1, 100)) == []
-    assert dict(host.domain.meter.degraded) == {"early_fin": 1}
+    assert dict(host.domain.meter.degraded) == {}
+    assert host.domain.describe()["handed_over"] == 1
 
 
 def test_an_application_that_dies_passes_its_turns_on_at_once(host: Host) -> None:

@@ -77,18 +77,90 @@ def test_boost_moves_a_short_flow_ahead_only_by_a_bounded_time() -> None:
     assert gate.finish(1, now=6.0) == [Release(3, 0)]
 
 
-def test_announce_passes_the_turn_and_says_so() -> None:
+def test_announce_hands_the_turn_over_in_order() -> None:
     gate = FlowGate(policy(single()))
     gate.arrive(1, 1, now=0.0)
     gate.arrive(2, 1, now=0.0)
     gate.arrive(3, 1, now=0.0)
-    assert gate.announce(1, now=1.0) == [Release(2, 0, "early_fin")]
+    assert gate.announce(1, now=1.0) == [Release(2, 0)]
     assert gate.announce(1, now=1.0) == []
     assert gate.active() == [2]
-    assert gate.finish(1, now=2.0) == []
+    assert gate.finish(1, now=1.2) == []
     assert gate.finish(2, now=3.0) == [Release(3, 0)]
     assert gate.announce(3, now=4.0) == []
-    assert gate.arrive(4, 1, now=4.0) == [Release(4, 0, "early_fin")]
+    assert gate.admits() == [1]
+    assert gate.arrive(4, 1, now=4.0) == [Release(4, 0)]
+    assert gate.handed_over == 2
+    assert gate.demoted == 0
+
+
+@pytest.mark.parametrize("mpl", [1, 2])
+def test_no_more_than_mpl_flows_are_in_hand_over_when_one_starts(mpl: int) -> None:
+    gate = FlowGate(policy(single(mpl=mpl)))
+    sending = []
+    for flow in range(20):
+        sending += [release.flow for release in gate.arrive(flow, 1, now=0.0)]
+    most = 0
+    announced = []
+    while sending or announced:
+        most = max(most, sum(gate.active()))
+        if sending:
+            announced.append(sending.pop(0))
+            released = gate.announce(announced[-1], now=0.1)
+        else:
+            released = gate.finish(announced.pop(0), now=0.1)
+        sending += [release.flow for release in released]
+        assert {release.degraded for release in released} <= {""}
+    assert most == 2 * mpl
+    assert gate.queue_lengths() == [0]
+
+
+def test_small_flows_are_in_hand_over_together_up_to_the_announced_bytes() -> None:
+    gate = FlowGate(policy(single(), early_fin_bytes=1000))
+    for flow in range(6):
+        gate.arrive(flow, 400, now=0.0)
+    for flow in range(2):
+        assert gate.announce(flow, now=0.1) == [Release(flow + 1, 0)]
+    assert gate.announce(2, now=0.1) == []  # 1,200 bytes
+    assert gate.finish(0, now=0.2) == [Release(3, 0)]
+    assert gate.active() == [3]
+    assert (gate.handed_over, gate.demoted) == (3, 0)
+
+
+def test_a_flow_that_announced_its_end_and_goes_on_is_overdue() -> None:
+    gate = FlowGate(policy(single(), early_fin_bytes=1000))
+    bound = gate.policy.handover_s
+    assert bound == 0.25 + 1e-3  # 1000 bytes at 8 Mb/s
+    for flow in (1, 2, 3, 4, 5):
+        gate.arrive(flow, 1000, now=0.0)
+    assert gate.announce(1, now=1.0) == [Release(2, 0)]
+    assert gate.announce(2, now=1.1) == []  # two hand-overs under way
+    assert gate.next_timer() == 1.0 + bound
+    assert gate.expire(now=1.0 + bound) == [Release(3, 0, "early_fin")]
+    assert gate.state_of(1) is FlowState.OVERDUE
+    assert (gate.mark_of(2), gate.mark_of(3), gate.demoted) == ("early_fin", "early_fin", 1)
+    assert gate.active() == [3]
+    assert gate.announce(1, now=1.3) == []
+    assert gate.finish(2, now=1.3) == []
+    assert gate.finish(1, now=1.3) == []
+    assert gate.finish(3, now=1.3) == [Release(4, 0)]
+    assert gate.finish(4, now=1.3) == [Release(5, 0)]
+    assert (gate.mark_of(5), gate.demoted, gate.handed_over) == ("", 1, 1)
+
+
+def test_who_has_started_by_the_board_keeps_the_place_until_it_arrives() -> None:
+    gate = FlowGate(policy(single()))
+    gate.expect(0, now=0.0)
+    assert gate.admits() == [0]
+    assert gate.arrive(1, 1, now=0.0) == []
+    assert gate.arrive(2, 1, now=0.1, started=True) == [Release(2, 0)]
+    assert gate.unexpect(0, now=0.2) == []
+    assert gate.finish(2, now=0.3) == [Release(1, 0)]
+    gate.expect(0, now=0.4)
+    assert gate.finish(1, now=0.5) == []
+    assert gate.arrive(3, 1, now=0.5) == []
+    assert gate.unexpect(0, now=0.6) == [Release(3, 0)]
+    assert gate.unexpect(7, now=0.6) == []
 
 
 def test_nobody_waits_for_ever() -> None:
@@ -115,7 +187,7 @@ def test_cancel_in_every_state() -> None:
         gate.arrive(flow, 1, now=0.0)
     assert gate.cancel(2, now=1.0) == []
     assert gate.cancel(1, now=1.0) == [Release(3, 0)]
-    assert gate.announce(3, now=1.0) == [Release(4, 0, "early_fin")]
+    assert gate.announce(3, now=1.0) == [Release(4, 0)]
     assert gate.cancel(3, now=1.0) == []
     assert gate.cancel(4, now=1.0) == []
     assert len(gate) == 0

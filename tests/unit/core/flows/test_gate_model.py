@@ -24,6 +24,7 @@ POLICIES = [
     domain(ClassPolicy(INF, 1.0), max_wait_s=4.0),
     domain(ClassPolicy(INF, 1.0, mpl=3, order="sjf"), max_wait_s=9.0),
     domain(ClassPolicy(INF, 1.0, mpl=0)),
+    domain(ClassPolicy(INF, 1.0), early_fin_bytes=200),
     domain(ClassPolicy(500, 0.5, order="boost", boost_gamma_per_s=2.0), ClassPolicy(INF, 0.5)),
     domain(
         ClassPolicy(100, THIRD, mpl=2),
@@ -49,6 +50,7 @@ class ModelFlow:
     arrived: float
     sequence: int
     state: str = "waiting"
+    due: float = INF  # when a hand-over has taken too long
 
 
 class GateMachine(RuleBasedStateMachine):
@@ -70,7 +72,7 @@ class GateMachine(RuleBasedStateMachine):
         if size <= policy.classes[0].threshold_bytes:
             return 0
         loads = [
-            (len(self.members(i, "waiting", "sending", "announced")), i)
+            (len(self.members(i, "waiting", "sending", "announced", "overdue")), i)
             for i in range(1, len(policy.classes))
         ]
         return min(loads)[1]
@@ -91,11 +93,15 @@ class GateMachine(RuleBasedStateMachine):
             while True:
                 waiting = self.members(index, "waiting")
                 sending = len(self.members(index, "sending"))
-                if not waiting or (cls.mpl and sending >= cls.mpl):
+                announced = len(self.members(index, "announced"))
+                most = self.policy.early_fin_bytes
+                left = sum(min(self.flows[f].size, most) for f in self.members(index, "announced"))
+                full = sending >= cls.mpl or (announced > cls.mpl and left >= most)
+                if not waiting or (cls.mpl and full):
                     break
                 head = min(waiting, key=self.key)
-                announced = len(self.members(index, "announced"))
-                over = bool(cls.mpl and announced and sending + announced >= cls.mpl)
+                overdue = len(self.members(index, "overdue"))
+                over = bool(cls.mpl and sending + overdue >= cls.mpl)
                 self.flows[head].state = "sending"
                 released.append(Release(head, index, "early_fin" if over else ""))
         return released
@@ -148,13 +154,19 @@ class GateMachine(RuleBasedStateMachine):
     @rule(pick=st.randoms(use_true_random=False))
     def announce(self, pick: object) -> None:
         flow = pick.choice([f for f, m in self.flows.items() if m.state != "waiting"])  # type: ignore[attr-defined]
-        self.flows[flow].state = "announced"
+        model = self.flows[flow]
+        if model.state == "sending":
+            model.state, model.due = "announced", self.now + self.policy.handover_s
         assert self.gate.announce(flow, now=self.now) == self.pump()
 
     @rule(step=st.integers(0, 5))
     def expire(self, step: int) -> None:
         self.now += step
         expected = []
+        late = [f for f, m in self.flows.items() if m.state == "announced" and m.due <= self.now]
+        for flow in sorted(late, key=lambda f: self.flows[f].due):
+            self.flows[flow].state, self.flows[flow].due = "overdue", INF
+            expected += self.pump()
         for flow in sorted(self.flows, key=lambda f: self.flows[f].sequence):
             model = self.flows[flow]
             if model.state == "waiting" and self.now >= model.arrived + self.policy.max_wait_s:
@@ -191,14 +203,16 @@ class GateMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         classes = range(len(self.policy.classes))
         assert self.gate.queue_lengths() == [len(self.members(i, "waiting")) for i in classes]
-        assert self.gate.active() == [len(self.members(i, "sending", "announced")) for i in classes]
+        started = ("sending", "announced", "overdue")
+        assert self.gate.active() == [len(self.members(i, *started)) for i in classes]
         assert len(self.gate) == len(self.flows)
         for flow, model in self.flows.items():
             assert self.gate.class_index_of(flow) == model.cls
             assert self.gate.state_of(flow) is FlowState(model.state)
         ages = [m.arrived for m in self.flows.values() if m.state == "waiting"]
-        expected = min(ages) + self.policy.max_wait_s if ages else None
-        assert self.gate.next_timer() == expected
+        due = min((model.due for model in self.flows.values()), default=INF)
+        expected = min(due, min(ages, default=INF) + self.policy.max_wait_s)
+        assert self.gate.next_timer() == (None if expected == INF else expected)
 
 
 GateMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

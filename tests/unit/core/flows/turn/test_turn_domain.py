@@ -29,6 +29,7 @@ class World:
         self.signers = {n: FinSigner.from_domain_key(KEY, n, i + 1) for i, n in enumerate(names)}
         self.verifiers = {n: FinVerifier(KEY) for n in [*names, "sequencer"]}
         self.released: list[tuple[str, int, str]] = []
+        self.deaf: set[str] = set()  # whom no datagram reaches
 
     def take(self, name: str, releases: list) -> None:
         self.released += [(name, r.flow, r.degraded) for r in releases]
@@ -50,6 +51,8 @@ class World:
     def broadcast(self, name: str, item: Broadcast) -> None:
         datagram = self.signers[name].sign(item.domain_id, item.epoch, item.runs)
         for other, gate in self.gates.items():
+            if other in self.deaf:
+                continue
             fin = self.verifiers[other].accept(datagram)
             assert fin is not None
             self.take(other, gate.handle(fin, now=self.now))
@@ -186,18 +189,72 @@ def test_mpl_flows_send_at_a_time() -> None:
     assert world.released[2:] == [("a", 2, "")]
 
 
-def test_an_early_fin_passes_the_turn_on_and_is_said() -> None:
+@pytest.mark.parametrize("mode", ["hybrid", "centralised"])
+def test_an_announced_end_hands_the_turn_over_in_order(mode: str) -> None:
+    world = World(one_class(early_fin_bytes=100, turn_mode=mode), ["a", "b"])
+    world.connect()
+    world.arrive("a", 1)
+    world.arrive("b", 1)
+    world.call("a", "announce", 1)
+    world.advance(0.1)
+    assert world.released[-1] == ("b", 1, "")
+    world.call("a", "announce", 1)
+    world.arrive("a", 2)
+    world.finish("a", 1)
+    world.finish("b", 1)
+    world.advance(0.1)
+    assert world.released[-1] == ("a", 2, "")
+    world.arrive("b", 2)
+    world.finish("a", 2)
+    world.advance(2.0)
+    assert sum(gate.handed_over for gate in world.gates.values()) == 1
+    assert sum(gate.demoted for gate in world.gates.values()) == 0
+
+
+def test_no_more_than_mpl_ids_are_in_hand_over_when_a_flow_starts() -> None:
+    world = World(one_class(early_fin_bytes=100), ["a", "b"])
+    world.connect()
+    for flow in (1, 2):
+        world.arrive("a", flow)
+        world.arrive("b", flow)
+    world.call("a", "announce", 1)
+    world.call("b", "announce", 1)
+    assert world.released == [("a", 1, ""), ("b", 1, "")]
+    world.finish("b", 1)
+    assert world.released[2:] == [("a", 2, "")]
+
+
+def test_an_announced_id_that_does_not_end_takes_the_marks_of_those_that_relied_on_it() -> None:
     world = World(one_class(early_fin_bytes=100), ["a", "b"])
     world.connect()
     world.arrive("a", 1)
     world.arrive("b", 1)
     world.call("a", "announce", 1)
-    assert world.released[-1] == ("b", 1, "early_fin")
-    world.call("a", "announce", 1)
-    world.arrive("a", 2)
-    world.finish("a", 1)
+    heir = world.gates["b"]
+    world.advance(1.5 * world.policy.handover_s)  # the sequencer is asked once
+    assert (heir.mark_of(1), heir.handed_over) == ("", 1)
+    world.advance(world.policy.handover_s)
+    assert (heir.mark_of(1), heir.demoted) == ("early_fin", 1)
+    world.arrive("b", 2)
     world.finish("b", 1)
-    assert world.released[-1] == ("a", 2, "")
+    assert world.released[-1] == ("b", 2, "early_fin")
+    world.finish("a", 1)
+    world.arrive("b", 3)
+    world.finish("b", 2)
+    assert world.released[-1] == ("b", 3, "")
+
+
+def test_whose_end_was_announced_and_not_heard_is_asked_about() -> None:
+    world = World(one_class(early_fin_bytes=100), ["a", "b"])
+    world.connect()
+    world.arrive("a", 1)
+    world.arrive("b", 1)
+    world.call("a", "announce", 1)
+    world.deaf = {"b"}
+    world.finish("a", 1)
+    world.advance(3 * world.policy.handover_s)
+    heir = world.gates["b"]
+    assert (heir.mark_of(1), heir.handed_over, heir.demoted) == ("", 1, 0)
 
 
 def test_flows_below_the_bandwidth_delay_product_pay_nothing() -> None:

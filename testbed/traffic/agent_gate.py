@@ -113,22 +113,20 @@ class AgentGate:
         offer = None
         if self._board is not None:
             offer = self._board.start(flow, size_bytes, self._domain, has_peer=False)
-        if offer is None:
-            self._deadline[flow] = time.monotonic() + _ANSWER_TIMEOUT_S
-        else:
-            self._counts["by_board"] += 1
-            self._running.add(flow)
-            index, dscp, priority, early, _ = offer
-            self._on_turn(flow, Turn(index, "", dscp, priority, early))
         flags = 0 if offer is None else _STARTED
         packet = _OPEN_PACKET.pack(
             _MAGIC, _VERSION, _OPEN, flow, flags, _NO_CLASS, 0, size_bytes, b"", self._domain
         )
         if offer is None:
+            self._deadline[flow] = time.monotonic() + _ANSWER_TIMEOUT_S
             self._send(packet)
-        else:
-            self._later.append(packet)
-            self._loop.call_soon(self._send_later)
+            return
+        self._counts["by_board"] += 1
+        self._running.add(flow)
+        self._later.append(packet)  # before the turn: a flow so small announces its end in it
+        self._loop.call_soon(self._send_later)
+        index, dscp, priority, early, _ = offer
+        self._on_turn(flow, Turn(index, "", dscp, priority, early))
 
     def _send_later(self) -> None:
         """The request has left: now the agent may take the processor."""
@@ -137,7 +135,11 @@ class AgentGate:
 
     def announce(self, flow: int) -> None:
         if flow in self._running:
-            self._send(_ANNOUNCE_PACKET.pack(_MAGIC, _VERSION, _ANNOUNCE, flow, 0))
+            packet = _ANNOUNCE_PACKET.pack(_MAGIC, _VERSION, _ANNOUNCE, flow, 0)
+            if self._later:
+                self._later.append(packet)  # after its OPEN, when the request has left
+            else:
+                self._put(packet)
 
     def finish(self, flow: int, ended: Ended | None = None) -> None:
         if flow in self._running:

@@ -46,8 +46,8 @@ async def play_two_policies(setup: Setup, directory: Path) -> list[str]:
             run = await lab.run(Scenario(name, "web-search", 0.3, 1, trace, policy))
             assert run.stalled == 0
             assert run.finished == len(trace)
-            # turns are announced a moment early; the board may be read as a class fills
-            assert run.degraded.keys() <= {"early_fin", "raced"}
+            # none but where a crowded machine keeps a flow from ending for a quarter of a second
+            assert run.degraded.keys() <= {"early_fin"}
             assert len(run.thresholds) == len(policy.classes)
             assert bool(run.simulator) == setup.namespaces
         if lab.suite is not None and setup.namespaces:

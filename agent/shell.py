@@ -371,7 +371,7 @@ class GateShell:
                 del self._claims[name, index]
             elif now >= until or not self._board.claimed(domain, index):
                 del self._claims[name, index]
-                self._after(domain, domain.gate.unexpect(index, now=now), now)
+                self._after(domain, domain.gate.forgo(index, now=now), now)
 
     def _hint(self, message: wire.Open, domain: Domain) -> int | None:
         last = len(domain.policy.classes) - 1

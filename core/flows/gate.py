@@ -255,7 +255,7 @@ class FlowGate:
         self._advance(now)
         self._classes[class_index].expected = 1
 
-    def unexpect(self, class_index: int, *, now: float) -> list[Release]:
+    def forgo(self, class_index: int, *, now: float) -> list[Release]:
         """It will not arrive. Nothing where none is expected, or the class is gone."""
         self._advance(now)
         if class_index >= len(self._classes) or not self._classes[class_index].expected:

@@ -157,9 +157,9 @@ class DomainGate:
         """A flow has started by ``admits`` and will arrive: until then nobody gets its place."""
         self._gate.expect(class_index, now=now)
 
-    def unexpect(self, class_index: int, *, now: float) -> list[Release]:
+    def forgo(self, class_index: int, *, now: float) -> list[Release]:
         """It will not arrive."""
-        return self._out(self._gate.unexpect(class_index, now=now), now)
+        return self._out(self._gate.forgo(class_index, now=now), now)
 
     def expire(self, *, now: float) -> list[Release]:
         """Serve every timer that is due: max_wait, heartbeats, probes, repeats, the lease."""

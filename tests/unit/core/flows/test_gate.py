@@ -154,13 +154,13 @@ def test_who_has_started_by_the_board_keeps_the_place_until_it_arrives() -> None
     assert gate.admits() == [0]
     assert gate.arrive(1, 1, now=0.0) == []
     assert gate.arrive(2, 1, now=0.1, started=True) == [Release(2, 0)]
-    assert gate.unexpect(0, now=0.2) == []
+    assert gate.forgo(0, now=0.2) == []
     assert gate.finish(2, now=0.3) == [Release(1, 0)]
     gate.expect(0, now=0.4)
     assert gate.finish(1, now=0.5) == []
     assert gate.arrive(3, 1, now=0.5) == []
-    assert gate.unexpect(0, now=0.6) == [Release(3, 0)]
-    assert gate.unexpect(7, now=0.6) == []
+    assert gate.forgo(0, now=0.6) == [Release(3, 0)]
+    assert gate.forgo(7, now=0.6) == []
 
 
 def test_nobody_waits_for_ever() -> None:

@@ -41,14 +41,15 @@ class WholeFront:
         return good[np.argmin(good[:, 1])] if len(good) else None
 
 
-def whole(jobs: JobTable, evaluations: int, say: Say, *, sample: int = 2500) -> WholeFront:
+def whole(jobs: JobTable, evaluations: int, say: Say) -> WholeFront:
     """Fractions of GPUs, half of the evaluations in (T, W, zeta, delta), then from there in
-    ``direct``; sample: jobs predicted in an evaluation. Up to 4 times AFS."""
+    ``direct``; up to 4 times AFS. Long traces are predicted in part while searching, for
+    time (500 jobs); the front's points are then measured with 5,000."""
     base = float(
         simulate(jobs, make("afs", integral=False), GPUS, Options(predictions=0, artifact=True))
         .measured.jct_s.mean()
     )  # fmt: skip
-    share = min(1.0, sample / len(jobs))
+    share = 1.0 if len(jobs) < 3000 else 500 / len(jobs)
     solver = PreferenceSolver(GPUS, (jobs,), integral=False, predictions=share)
     start = solver.update_pareto_front(
         space="wfq", budget=Budget(max(1, evaluations // 2)), workers=WORKERS
@@ -80,49 +81,63 @@ def whole(jobs: JobTable, evaluations: int, say: Say, *, sample: int = 2500) -> 
     )
 
 
-def held_out(jobs: JobTable, evaluations: int, say: Say) -> dict[str, Any]:
-    """Searched on resamples of the first half, measured on the second: ours (``direct``, started
-    from the stand-ins) beside the stand-ins (T, W, zeta, delta), same histories and seed.
+def held_out(jobs: JobTable, evaluations: int, say: Say, *, predictions: float) -> dict[str, Any]:
+    """Searched on resamples of the first half, measured on the second: ours beside the stand-ins
+    (T, W, zeta, delta), same histories and seed. Ours goes on from the stand-ins in ``direct`` and
+    keeps those of them that it does not beat in every one of eight further resamples of the first
+    half (``--space both``).
 
-    dominated: of our points, by a stand-in in (average JCT, average error). beaten: points of
-    the stand-ins' measured front that ours, measured, does not reach.
+    predictions: share of the jobs predicted while searching. dominated: of our points, by a
+    stand-in in (average JCT, average error), of all and of those on the measured front; direct:
+    the same without the stand-ins that were kept.
     """
     split = histories.of_trace(jobs, jobs=1000, seed=1, samples=3)
-    predictions = min(1.0, 1500 / len(split.test[0]))
-    tail = Evaluator(split.test, GPUS, TAIL, predictions=predictions)
-    sides: dict[str, Array] = {}
-    warm: list[JobsPolicy] = []
-    for space in ("wfq", "direct"):
-        solver = PreferenceSolver(GPUS, split.train)
-        result = solver.update_pareto_front(
-            space=space, budget=Budget(evaluations), workers=WORKERS, warm=warm
+    tail = Evaluator(split.test, GPUS, TAIL, predictions=min(1.0, 1500 / len(split.test[0])))
+    solver = PreferenceSolver(GPUS, split.train, predictions=predictions, judge=split.judge)
+    known = solver.update_pareto_front(
+        space="wfq", budget=Budget(evaluations), workers=WORKERS
+    )  # fmt: skip
+    stand_ins = _thinned([point.policy for point in known.front])
+    say(f"stand-ins: {len(known.front)} points, {known.wall_s:.0f} s")
+    result = solver.update_pareto_front(
+        budget=Budget(evaluations), workers=WORKERS, warm=stand_ins
+    )  # fmt: skip
+    say(f"direct: {len(result.front)} points, {result.wall_s:.0f} s")
+    kept = [point.policy for point in result.front if not point.x]
+    theirs, mine, again = (
+        np.array([tail(policy) for policy in policies]).reshape(-1, len(TAIL))
+        for policies in (
+            stand_ins,
+            _thinned([point.policy for point in result.front if point.x]),
+            kept,
         )
-        policies = [point.policy for point in result.front]
-        picked = policies[:: max(1, len(policies) // 40)]
-        if space == "direct":  # an operator who has both fronts may choose from both
-            picked += warm
-        else:
-            warm = picked
-        sides[space] = np.array([tail(policy) for policy in picked])
-        say(f"{space}: {len(policies)} points, {result.wall_s:.0f} s")
-    theirs, fresh = sides["wfq"], sides["direct"][: -len(warm)]
-    low = np.minimum(fresh[:, :2].min(axis=0), theirs[:, :2].min(axis=0))
-    high = np.maximum(fresh[:, :2].max(axis=0), theirs[:, :2].max(axis=0))
+    )
+    ours = np.vstack([mine, again])
+    low = np.minimum(ours[:, :2].min(axis=0), theirs[:, :2].min(axis=0))
+    high = np.maximum(ours[:, :2].max(axis=0), theirs[:, :2].max(axis=0))
     areas = {
         name: hypervolume((rows[:, :2] - low) / (high - low), (1.1, 1.1))
-        for name, rows in (("wfq", theirs), ("direct", fresh), ("both", sides["direct"]))
+        for name, rows in (("stand_ins", theirs), ("direct", mine), ("ours", ours))
     }
-    best = fresh[nondominated(fresh[:, :2])]
-    return {
-        "direct": best.tolist(),
-        "stand_ins": theirs[nondominated(theirs[:, :2])].tolist(),
-        "both": sides["direct"][nondominated(sides["direct"][:, :2])].tolist(),
-        "direct_points": len(fresh),
-        "direct_dominated": sum(dominated(row, theirs) for row in fresh),
-        "direct_front_dominated": sum(dominated(row, theirs) for row in best),
-        "direct_front_points": len(best),
+    found: dict[str, Any] = {
+        "predictions": predictions,
+        "stand_ins_kept": len(kept),
+        "stand_ins_points": len(theirs),
         "hypervolume": areas,
+        "stand_ins": theirs[nondominated(theirs[:, :2])].tolist(),
     }
+    for name, rows in (("ours", ours), ("direct", mine)):
+        best = rows[nondominated(rows[:, :2])]
+        found[name] = best.tolist()
+        found[f"{name}_points"] = len(rows)
+        found[f"{name}_dominated"] = sum(dominated(row, theirs) for row in rows)
+        found[f"{name}_front_points"] = len(best)
+        found[f"{name}_front_dominated"] = sum(dominated(row, theirs) for row in best)
+    return found
+
+
+def _thinned(policies: list[JobsPolicy]) -> list[JobsPolicy]:
+    return policies[:: max(1, len(policies) // 40)]
 
 
 def dominated(row: Array, others: Array) -> bool:

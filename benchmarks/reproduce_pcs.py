@@ -65,9 +65,7 @@ class Setting:
         if name not in self.fronts:
             evaluations = 40 if self.quick else 1000
             jobs = self.trace(name)
-            # long traces are predicted in part: their averages are steady enough, and in time
-            sample = 2500 if len(jobs) < 3000 else 500
-            self.fronts[name] = pcs_fronts.whole(jobs, evaluations, self.say, sample=sample)
+            self.fronts[name] = pcs_fronts.whole(jobs, evaluations, self.say)
         return self.fronts[name]
 
     def search(

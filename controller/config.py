@@ -202,8 +202,8 @@ class JobsSection(Section):
     )
     space: str = Field(
         default="direct",
-        description="direct (thresholds and weights) or wfq (T, W, zeta, delta).",
-        pattern="^(direct|wfq)$",
+        description="direct (thresholds and weights), wfq (T, W, zeta, delta), or both.",
+        pattern="^(direct|wfq|both)$",
     )
     samples: int = Field(
         default=3, description="Resampled training histories a point is tried on.", ge=1, le=100

@@ -9,14 +9,18 @@ from intentd.core.jobs.allocator import JobTable
 from intentd.core.jobs.workloads import resampled, synthetic
 
 TEST_SEED = 1_000_003  # far from every training seed
+JUDGE_SEED = 2_000_003
+JUDGES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Histories:
-    """The objectives are averaged over train; test is measured once, at the end."""
+    """The objectives are averaged over train; judge, drawn like it, decides between the points of
+    two searches (a warm start); test is measured once, at the end."""
 
     train: tuple[JobTable, ...]
     test: tuple[JobTable, ...]
+    judge: tuple[JobTable, ...] = ()
 
 
 def of_workload(
@@ -26,9 +30,15 @@ def of_workload(
     _check(samples)
     draws = [
         synthetic(name, jobs=jobs, load=load, gpus=gpus, seed=seed + step)
-        for step in (*range(samples), *range(TEST_SEED, TEST_SEED + samples))
+        for step in (
+            *range(samples),
+            *range(TEST_SEED, TEST_SEED + samples),
+            *range(JUDGE_SEED, JUDGE_SEED + JUDGES),
+        )
     ]
-    return Histories(tuple(draws[:samples]), tuple(draws[samples:]))
+    return Histories(
+        tuple(draws[:samples]), tuple(draws[samples : 2 * samples]), tuple(draws[2 * samples :])
+    )
 
 
 def of_trace(
@@ -46,8 +56,11 @@ def of_trace(
     if half < 10:
         raise InputError("trace", len(trace), "at least 20 jobs, to keep half for the test")
     train = trace.take(slice(0, half))
-    draws = tuple(resampled(train, jobs, seed + step) for step in range(samples))
-    return Histories(draws, (second_half(trace),))
+    draws, judge = (
+        tuple(resampled(train, jobs, seed + step) for step in steps)
+        for steps in (range(samples), range(JUDGE_SEED, JUDGE_SEED + JUDGES))
+    )
+    return Histories(draws, (second_half(trace),), judge)
 
 
 def second_half(trace: JobTable) -> JobTable:

@@ -14,18 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intentd.core.errors import InputError, IntentdError
+from intentd.core.jobs.policy import JobsPolicy
 from intentd.core.jobs.search_space import Evaluator, Space, evaluate_point
 from intentd.daemons.kit.reach import require_listener
 
 Array = NDArray[np.float64]
+Candidate = Array | JobsPolicy
 Task = tuple[tuple[Evaluator, ...], Space]
 _task: Task | None = None
 
 
 class Pool(Protocol):
-    """Evaluates points; order kept. which: by which of its evaluators."""
+    """Evaluates points, or policies; order kept. which: by which of its evaluators."""
 
-    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]: ...
+    def map(self, points: Sequence[Candidate], which: int = 0) -> list[Array]: ...
 
     def close(self) -> None: ...
 
@@ -36,16 +38,21 @@ class LocalPool:
     def __init__(self, evaluators: Sequence[Evaluator], space: Space) -> None:
         self._task: Task = tuple(evaluators), space
 
-    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]:
+    def map(self, points: Sequence[Candidate], which: int = 0) -> list[Array]:
         return _evaluated(self._task, list(points), which)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def _evaluated(task: Task, points: list[Array], which: int) -> list[Array]:
+def _evaluated(task: Task, points: list[Candidate], which: int) -> list[Array]:
     evaluators, space = task
-    return [evaluate_point(evaluators[which], space.policy, x) for x in points]
+    return [
+        np.array(evaluators[which](x))
+        if isinstance(x, JobsPolicy)
+        else evaluate_point(evaluators[which], space.policy, x)
+        for x in points
+    ]
 
 
 def _start(task: Task) -> None:
@@ -54,7 +61,7 @@ def _start(task: Task) -> None:
     _task = task
 
 
-def _batch(points: list[Array], which: int) -> list[Array]:
+def _batch(points: list[Candidate], which: int) -> list[Array]:
     assert _task is not None
     return _evaluated(_task, points, which)
 
@@ -71,7 +78,7 @@ class ProcessPool:
             initargs=((tuple(evaluators), space),),
         )
 
-    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]:
+    def map(self, points: Sequence[Candidate], which: int = 0) -> list[Array]:
         step = max(1, -(-len(points) // (4 * self._workers)))
         batches = [list(points[at : at + step]) for at in range(0, len(points), step)]
         done = self._pool.map(_batch, batches, [which] * len(batches))
@@ -99,7 +106,7 @@ class RayPool:
         self._run = self._ray.remote(_evaluated)
         self._width = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def map(self, points: Sequence[Array], which: int = 0) -> list[Array]:
+    def map(self, points: Sequence[Candidate], which: int = 0) -> list[Array]:
         step = max(1, -(-len(points) // (4 * self._width)))
         batches = [list(points[at : at + step]) for at in range(0, len(points), step)]
         done = self._ray.get([self._run.remote(self._task, batch, which) for batch in batches])

@@ -41,6 +41,7 @@ Array = NDArray[np.float64]
 ALGORITHMS: Final = ("spea2", "nsga2")
 POPULATION: Final = 70  # and 105 offspring: the artifact's setting
 OFFSPRING: Final = 105
+BOTH: Final = "both"
 FAR: Final = 1e12  # stands for infinity inside the library, which divides by ranges
 
 
@@ -107,6 +108,7 @@ class PreferenceSolver:
     """The interface of section 3.3.2: SetPreference, UpdateParetoFront, SetWFQConfig.
 
     gpus: the cluster. train, test: histories; the objectives are averaged over the training ones.
+    judge: histories by which a new point replaces one of a warm start (the training ones if none).
     """
 
     def __init__(
@@ -118,10 +120,12 @@ class PreferenceSolver:
         costs: Costs = FREE,
         integral: bool = True,
         predictions: float = 1.0,
+        judge: Sequence[JobTable] = (),
     ) -> None:
         if not train:
             raise InputError("history", 0, "at least one training history")
         self.gpus, self.train, self.test = gpus, tuple(train), tuple(test)
+        self.judge = tuple(judge) or self.train
         self.costs, self.integral, self.predictions = costs, integral, predictions
         self.objectives: tuple[Objective, ...] = (Objective("jct"), Objective("prederr"))
         self.config: JobsPolicy | None = None
@@ -151,19 +155,23 @@ class PreferenceSolver:
     ) -> Search:
         """UpdateParetoFront: searches, keeps the front, returns it with its story.
 
-        warm: configurations to start from, such as the last front. progress: called after each
-        batch; returning False cancels, and what was found so far is returned.
+        warm: configurations to start from, such as the last front; they are candidates of the new
+        one as they are. space: "both" searches ``wfq`` with half of the budget and ``direct`` from
+        there with the rest. progress: called after each batch; returning False cancels, and what
+        was found so far is returned.
         """
         if algorithm not in ALGORITHMS:
             raise InputError("algorithm", algorithm, f"one of {', '.join(ALGORITHMS)}")
         begin = time.perf_counter()
         budget = budget or Budget()
+        if space == BOTH:
+            return self._both(algorithm, budget, seed, workers, ray, warm, progress)
         sizes = np.concatenate([history.sizes_gpu_s for history in self.train])
         chosen = make_space(space, sizes, integral=self.integral)
         sides = [side for side in (self.train, self.test) if side]
         evaluators = [
             Evaluator(side, self.gpus, self.objectives, self.costs, self.predictions)
-            for side in sides
+            for side in (*sides, *((history,) for history in self.judge))
         ]
         pool = open_pool(evaluators, chosen, workers=workers, ray=ray)
         try:
@@ -171,7 +179,7 @@ class PreferenceSolver:
                 _algorithm(algorithm, seed), chosen, len(self.objectives), pool, budget,
                 starts=_starts(chosen, warm), seed=seed, progress=progress, begin=begin,
             )  # fmt: skip
-            self.front = self._measured(chosen, points, values, pool)
+            self.front = self._measured(chosen, points, values, warm, pool)
         finally:
             pool.close()
         settings = {
@@ -195,21 +203,96 @@ class PreferenceSolver:
         wall_s = time.perf_counter() - begin
         return Search(self.front, len(values), wall_s, settings, cancelled, values, points)
 
-    def _measured(self, space: Space, points: Array, values: Array, pool: Pool) -> list[FrontPoint]:
+    def _both(
+        self,
+        algorithm: str,
+        budget: Budget,
+        seed: int,
+        workers: int | None,
+        ray: str | None,
+        warm: Sequence[JobsPolicy],
+        progress: Progress | None,
+    ) -> Search:
+        """(T, W, zeta, delta) first, from where thresholds and weights go on."""
+        begin, total = time.perf_counter(), budget.evaluations
+        done = 0
+
+        def onward(more: int, _total: int, values: Array) -> bool:
+            return progress is None or progress(done + more, total, values)
+
+        def part(space: str, evaluations: int, share: float, start: Sequence[JobsPolicy]) -> Search:
+            seconds = None if budget.seconds is None else share * budget.seconds
+            return self.update_pareto_front(
+                algorithm=algorithm, space=space, budget=Budget(evaluations, seconds), seed=seed,
+                workers=workers, ray=ray, warm=start, progress=onward,
+            )  # fmt: skip
+
+        first = part("wfq", max(1, total // 2), 0.5, warm)
+        done = first.evaluations
+        result = first
+        if not first.cancelled and done < total:
+            result = part("direct", total - done, 0.5, [point.policy for point in first.front])
+            result.evaluations += done
+        result.wall_s = time.perf_counter() - begin
+        result.settings |= {"space": BOTH, "evaluations": total, "seconds": budget.seconds}
+        result.settings["warm"] = [to_plain(policy) for policy in warm]
+        return result
+
+    def _measured(
+        self, space: Space, points: Array, values: Array, warm: Sequence[JobsPolicy], pool: Pool
+    ) -> list[FrontPoint]:
+        """The front of what was evaluated, and the warm configurations that stand beside it.
+
+        Two searches' points mostly differ by less than resampling a history moves them, so that
+        choosing by their means fits the sample: a point gives way to one of the other group only
+        where that is better in every one of the histories kept for it.
+        """
         names = [objective.name for objective in self.objectives]
-        best = nondominated(values).tolist()
-        tests: list[Array] = [np.zeros(0)] * len(best)
+        best = nondominated(values)
+        found = [space.policy(points[index]) for index in best]
+        places = [tuple(points[index].tolist()) for index in best]
+        means = [values[index] for index in best]
+        known = [policy for policy in warm if self._fits(policy)]
+        if known:
+            first = 2 if self.test else 1
+            each = [pool.map([*found, *known], first + at) for at in range(len(self.judge))]
+            kept = _unbeaten(np.array(each), len(found))
+            means = [*means, *pool.map(known)]
+            found, places = [*found, *known], [*places, *[()] * len(known)]
+            found = [found[at] for at in kept]
+            places = [places[at] for at in kept]
+            means = [means[at] for at in kept]
+        tests: list[Array] = [np.zeros(0)] * len(found)
         if self.test:
-            tests = pool.map([points[index] for index in best], 1)
+            tests = pool.map(found, 1)
         return [
             FrontPoint(
-                space.policy(points[index]),
-                tuple(points[index].tolist()),
-                dict(zip(names, values[index].tolist(), strict=True)),
+                policy,
+                place,
+                dict(zip(names, mean.tolist(), strict=True)),
                 dict(zip(names, test.tolist(), strict=True)) if self.test else {},
             )
-            for index, test in zip(best, tests, strict=True)
+            for policy, place, mean, test in zip(found, places, means, tests, strict=True)
         ]
+
+    def _fits(self, policy: JobsPolicy) -> bool:
+        return policy.name == "wfq" and policy.integral == self.integral
+
+
+def _unbeaten(values: Array, first: int) -> list[int]:
+    """Of two groups, the first so many and the others: who is not dominated by one of the other
+    group in every history. values: (histories, candidates, objectives)."""
+    finite = np.isfinite(values).all(axis=(0, 2))
+    kept = []
+    for at in range(values.shape[1]):
+        mine = values[:, at : at + 1]
+        beats = np.asarray(
+            np.all(values <= mine, axis=(0, 2)) & np.any(values < mine, axis=(0, 2))
+        )
+        others = slice(first, None) if at < first else slice(0, first)
+        if finite[at] and not beats[others].any():
+            kept.append(at)
+    return kept
 
 
 def _algorithm(name: str, seed: int) -> Any:

@@ -43,7 +43,12 @@ def run(job: Mapping[str, Any], progress: Any) -> dict[str, Any]:
     )
     costs = Costs(**job["costs"])
     solver = PreferenceSolver(
-        job["gpus"], found.train, found.test, costs=costs, predictions=job["predictions"]
+        job["gpus"],
+        found.train,
+        found.test,
+        costs=costs,
+        predictions=job["predictions"],
+        judge=found.judge,
     )
     objectives = parse_objectives(",".join(job["objectives"]))
     solver.set_preference(objectives)

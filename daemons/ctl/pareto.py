@@ -79,7 +79,7 @@ def search(
     seconds: Annotated[float | None, typer.Option(help="Stop after so long.")] = None,
     algorithm: Annotated[str, typer.Option(help="spea2 or nsga2.")] = "spea2",
     space: Annotated[
-        str, typer.Option(help="direct (thresholds and weights), or wfq (T, W, zeta, delta).")
+        str, typer.Option(help="direct (thresholds, weights), wfq (T, W, zeta, delta), both.")
     ] = "direct",
     samples: Annotated[int, typer.Option(help="Training histories a point is tried on.")] = 3,
     jobs: JobsOption = 1000,
@@ -114,7 +114,12 @@ def search(
     budget = solver.Budget(evaluations, seconds)
     start = [point.policy for point in read_result(warm)] if warm is not None else []
     search_ = solver.PreferenceSolver(
-        gpus, found.train, found.test, integral=not fractional, predictions=predictions
+        gpus,
+        found.train,
+        found.test,
+        integral=not fractional,
+        predictions=predictions,
+        judge=found.judge,
     )
     search_.set_preference(wanted)
     result = search_.update_pareto_front(

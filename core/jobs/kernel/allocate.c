@@ -340,6 +340,27 @@ static inline double inverse(int gpus) /* divisions are most of what Themis take
     return gpus <= 8 ? known[gpus] : 1 / (double)gpus;
 }
 
+/* The largest wait + work * one, in lanes the compiler makes vectors of. */
+static double largest_ratio(const double *wait, const double *work, double one, int n)
+{
+    double lane[8], most = -INFINITY;
+    int i = 0;
+    for (int k = 0; k < 8; k++)
+        lane[k] = -INFINITY;
+    for (; i + 8 <= n; i += 8)
+        for (int k = 0; k < 8; k++) {
+            double ratio = wait[i + k] + work[i + k] * one;
+            lane[k] = ratio > lane[k] ? ratio : lane[k];
+        }
+    for (; i < n; i++) {
+        double ratio = wait[i] + work[i] * one;
+        most = ratio > most ? ratio : most;
+    }
+    for (int k = 0; k < 8; k++)
+        most = lane[k] > most ? lane[k] : most;
+    return most;
+}
+
 /* Its ratio on some GPUs is (wait + work / GPUs) over the finish time at a fair share. What a job
  * could use only while enough is left changes with that: the others wait in a heap, those are
  * looked at anew after every grant (and the others with them, by less than their ratio). */
@@ -352,9 +373,9 @@ static void allocate_themis(const Jobs *jobs, const State *state, const View *vi
     int widest = 0, narrow = 0, n = queue->len;
     for (int i = 0; i < n; i++) {
         int j = items[i], most = jobs->gmax[j];
-        double fair = state->capacity * (state->events0[j] + state->events) /
-                      (state->contention0[j] + state->seen);
-        double rate = (fair < most ? fair : most) / state->size[j];
+        double share = state->capacity * (state->events0[j] + state->events);
+        double crowd = state->contention0[j] + state->seen; /* a fair share: share / crowd GPUs */
+        double rate = share < most * crowd ? share / (crowd * state->size[j]) : most / state->size[j];
         wait[i] = (state->now - jobs->submit[j]) * rate;
         work[i] = state->remaining[j] * rate;
         double ratio = wait[i] + work[i] * inverse(most);
@@ -382,14 +403,16 @@ static void allocate_themis(const Jobs *jobs, const State *state, const View *vi
         }
         int best = heap.len > 0 ? heap.at[0] : n;
         double ratio = heap.len > 0 ? -heap.key[0] : -INFINITY, one = 1 / left;
-        if (widest > left)
-            for (int i = 0; i < n; i++) {
-                double mine = wait[i] + work[i] * one;
-                if (mine >= ratio && (mine > ratio || i < best)) {
-                    ratio = mine;
-                    best = i;
-                }
+        if (widest > left) {
+            double most = largest_ratio(wait, work, one, n);
+            if (most >= ratio && most > -INFINITY) {
+                int i = 0;
+                while (wait[i] + work[i] * one != most)
+                    i++;
+                best = most > ratio || i < best ? i : best;
+                ratio = most;
             }
+        }
         if (best == n || ratio == -INFINITY)
             break;
         int j = items[best];
@@ -397,7 +420,7 @@ static void allocate_themis(const Jobs *jobs, const State *state, const View *vi
         wait[best] = -INFINITY;
         work[best] = 0;
         if (heap.len > 0 && best == heap.at[0]) {
-            grants->bar = .95 * ratio;
+            grants->bar = .98 * ratio;
             popped(&heap);
         }
         if (amount < jobs->gmin[j] - NEAR)

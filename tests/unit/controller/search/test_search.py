@@ -13,7 +13,7 @@ pytest.importorskip("pymoo", reason="the controller extra is not installed")
 from intentd.controller.search import histories
 from intentd.controller.search.chart import html_chart, write_chart
 from intentd.controller.search.pool import LocalPool, ProcessPool, open_pool
-from intentd.controller.search.solver import Budget, PreferenceSolver, read_front
+from intentd.controller.search.solver import Budget, PreferenceSolver, _unbeaten, read_front
 from intentd.core.errors import InputError, IntentdError
 from intentd.core.jobs.metrics import Objective, parse_objectives
 from intentd.core.jobs.policy import JobsPolicy, make
@@ -109,6 +109,48 @@ def test_warm_start_is_never_worse(found):
         budget=Budget(70), workers=1, space="wfq", warm=[p.policy for p in wfq_front.front]
     )
     assert again.settings["warm"]
+
+
+def test_both_spaces_keep_what_is_not_clearly_beaten(found):
+    seen = []
+
+    def progress(done, total, _values):
+        seen.append((done, total))
+        return True
+
+    result = PreferenceSolver(64, found.train, found.test, judge=found.judge).update_pareto_front(
+        space="both", budget=Budget(150), workers=1, progress=progress
+    )
+    assert result.evaluations == 150
+    assert result.settings["space"] == "both"
+    assert result.settings["evaluations"] == 150
+    assert result.settings["warm"] == []
+    assert {total for _, total in seen} == {150}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    own = [point for point in result.front if point.x]
+    kept = [point for point in result.front if not point.x]
+    assert own
+    assert kept
+    assert all("T" in point.policy.origin for point in kept)
+    evaluate = Evaluator(found.train, 64, PAIR)
+    for point in (own[0], kept[0]):
+        assert tuple(point.train.values()) == pytest.approx(evaluate(point.policy))
+    for point in kept:
+        assert np.isfinite(list(point.test.values())).all()
+
+
+def test_a_point_gives_way_only_where_it_is_worse_in_every_history():
+    values = np.array(
+        [
+            [[1.0, 5.0], [2.0, 3.0], [1.0, 4.0], [2.0, 4.0]],
+            [[1.0, 5.0], [2.0, 3.0], [1.0, 4.0], [2.0, 2.0]],
+        ]
+    )
+    assert _unbeaten(values, 2) == [1, 2, 3]  # the first loses to the third in both
+    values[1, 2] = [1.5, 4.0]
+    assert _unbeaten(values, 2) == [0, 1, 2, 3]
+    values[0, 3] = math.inf
+    assert _unbeaten(values, 2) == [0, 1, 2]
 
 
 def test_result_holds_everything_to_rerun(found):

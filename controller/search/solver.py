@@ -286,9 +286,7 @@ def _unbeaten(values: Array, first: int) -> list[int]:
     kept = []
     for at in range(values.shape[1]):
         mine = values[:, at : at + 1]
-        beats = np.asarray(
-            np.all(values <= mine, axis=(0, 2)) & np.any(values < mine, axis=(0, 2))
-        )
+        beats = np.asarray(np.all(values <= mine, axis=(0, 2)) & np.any(values < mine, axis=(0, 2)))
         others = slice(first, None) if at < first else slice(0, first)
         if finite[at] and not beats[others].any():
             kept.append(at)

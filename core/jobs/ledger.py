@@ -6,7 +6,9 @@ and starts it anew (section 3.4). Every run of a job has an epoch; an event that
 epoch than the job's present one is ignored and counted. GPUs belong to a run until its end was
 reported, so that no GPU is given twice and no job runs twice.
 
-Over 600 lines: events, decisions and reasons are one state machine over the same fields.
+Over 600 lines: events, decisions and reasons are one state machine over the same fields, whose
+invariants (no GPU twice, one run at a time) a reader must see whole. What stands on its own is
+elsewhere: job.py (states, instructions), columns.py (arrays), spec.py, demand.py, placement.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ class InputError(IntentdError, ValueError):
         self.field = field
         self.value = value
         self.expected = expected
-        super().__init__(f"{field}: got {value!r}, expected {expected}")
+        text = f"{field}: got {value!r}, expected {expected}"
+        super().__init__(text.encode(errors="backslashreplace").decode())  # what can be sent
 
 
 class ConfigError(InputError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import TypeGuard
 
 from intentd.core.errors import InputError
 
@@ -28,6 +30,16 @@ _SIZES = {
     "gib": 2**30,
 }
 _TIMES = {"": 1.0, "s": 1.0, "us": 1e-6, "ms": 1e-3, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether this is a number that a float holds: no truth value, no NaN, no 10**400."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _parse(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -80,6 +81,8 @@ class SearchProcess:
 
     async def search(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """The search's document. Raises IntentdError; kills the process when cancelled."""
+        if importlib.util.find_spec("pymoo") is None:
+            raise IntentdError("search: pymoo is not installed: pip install 'intentd[controller]'")
         self.done, self.total = 0, int(job["evaluations"])
         process = await asyncio.create_subprocess_exec(
             sys.executable,

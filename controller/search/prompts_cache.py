@@ -26,7 +26,6 @@ FEW_OF_A_LABEL: Final = 15
 REPEATED: Final = 0.7
 EDITS_OF_EACH: Final = 600
 EDITED_MOST: Final = 0.02
-REWORDED_LEAST: Final = 0.90
 OPTIONS: Final[Mapping[str, Any]] = {
     "objective": "binary",
     "num_leaves": 15,

@@ -105,7 +105,8 @@ Progress = Callable[[int, int, Array], bool]
 
 
 class PreferenceSolver:
-    """The interface of section 3.3.2: SetPreference, UpdateParetoFront, SetWFQConfig.
+    """The interface of section 3.3.2: SetPreference, UpdateParetoFront (SetWFQConfig: the
+    controller, ``jobs_app``).
 
     gpus: the cluster. train, test: histories; the objectives are averaged over the training ones.
     judge: histories by which a new point replaces one of a warm start (the training ones if none).
@@ -128,7 +129,6 @@ class PreferenceSolver:
         self.judge = tuple(judge) or self.train
         self.costs, self.integral, self.predictions = costs, integral, predictions
         self.objectives: tuple[Objective, ...] = (Objective("jct"), Objective("prederr"))
-        self.config: JobsPolicy | None = None
         self.front: list[FrontPoint] = []
 
     def set_preference(self, objectives: Sequence[Objective]) -> None:
@@ -136,10 +136,6 @@ class PreferenceSolver:
         if len(objectives) < 2:
             raise InputError("objectives", len(objectives), "two or more")
         self.objectives = tuple(objectives)
-
-    def set_wfq_config(self, config: JobsPolicy) -> None:
-        """SetWFQConfig: the operator's choice."""
-        self.config = config
 
     def update_pareto_front(
         self,

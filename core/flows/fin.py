@@ -27,7 +27,6 @@ MAC_BYTES: Final = 16
 KEY_BYTES: Final = 32
 MAX_RUNS: Final = 64
 MAX_RUN_IDS: Final = 65535
-MAX_COUNTER: Final = 2**64 - 1
 WINDOW: Final = 1024  # counters of a sender that may arrive out of order
 MAX_SENDERS: Final = 4096  # (sender, boot) pairs remembered
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from intentd.core.errors import InputError
+from intentd.core.units import is_finite
 
 BALANCED: Final = "balanced"
 
@@ -52,8 +53,8 @@ def choice_from_plain(plain: object) -> Choice:
     if not isinstance(bounds, Mapping):
         raise InputError("choice.at_most", f"{bounds!r:.60}", "a table of objectives")
     for name, value in bounds.items():
-        if type(value) not in (int, float) or not value >= 0:
-            raise InputError(f"choice.at_most.{name!s:.40}", value, "a number >= 0")
+        if not (is_finite(value) and value >= 0):
+            raise InputError(f"choice.at_most.{name!s:.40}", value, "a finite number >= 0")
     follow = plain.get("follow", False)
     if not isinstance(follow, bool):
         raise InputError("choice.follow", follow, "true or false")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intentd.core.errors import InputError
+from intentd.core.units import is_finite
 
 Array = NDArray[np.float64]
 ANY_TYPE: Final = ""
@@ -180,9 +181,8 @@ def _points(table: Mapping[object, object], where: str) -> dict[int, float]:
 
 
 def _check_seconds(where: str, value: object) -> float:
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if math.isfinite(number) and number > 0:
-        return float(number)
+    if is_finite(value) and value > 0:
+        return float(value)
     raise InputError(where, value, "a finite number > 0")
 
 

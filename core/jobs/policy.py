@@ -19,7 +19,14 @@ LEASE_S: Final = {"themis": 600.0}  # section 3.5.1: the Themis authors' recomme
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    """A number that a float holds; infinity is one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

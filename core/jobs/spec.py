@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from intentd.core.errors import InputError
 from intentd.core.jobs.demand import MAX_GPUS, DemandFunction, from_table, from_tables, linear
+from intentd.core.units import is_finite
 
 MAX_COMMAND: Final = 1024
 MAX_ENVIRONMENT: Final = 512
@@ -22,6 +23,8 @@ MAX_GRACE_S: Final = 3600.0
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
 _PLACE: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}(/[1-9][0-9]{0,3})?\Z")
+_COUNT: Final = re.compile(r"[0-9]{1,9}\Z")
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")  # no program can be given these
 RESERVED: Final = "INTENTD_"
 SIGNALS: Final = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
@@ -174,8 +177,7 @@ def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: in
 
 def _seconds(given: Mapping[str, Any], name: str, default: float, high: float) -> float:
     value = given.get(name, default)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (good and math.isfinite(value) and 0 <= value <= high):
+    if not (is_finite(value) and 0 <= value <= high):
         limit = f"from 0 to {high:g}" if math.isfinite(high) else ">= 0"
         raise InputError(name, value, f"a finite number {limit}")
     return float(value)
@@ -189,7 +191,7 @@ def _name(given: Mapping[str, Any], field_name: str, default: str) -> str:
 
 
 def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
+    if not isinstance(value, str) or len(value) > MAX_TEXT or _NO_TEXT.search(value):
         raise InputError(where, str(value)[:80], f"text of at most {MAX_TEXT} characters")
     return value
 
@@ -211,7 +213,8 @@ def _environment(value: object) -> dict[str, str]:
     for name in value:
         if not isinstance(name, str) or not _VARIABLE.match(name) or name.startswith(RESERVED):
             raise InputError(f"env.{name!s:.80}", "(hidden)", f"a name, not of {RESERVED}*")
-        if not isinstance(value[name], str) or "\0" in value[name] or len(value[name]) > MAX_TEXT:
+        text = value[name]
+        if not isinstance(text, str) or len(text) > MAX_TEXT or _NO_TEXT.search(text):
             raise InputError(f"env.{name}", "(hidden)", f"text of at most {MAX_TEXT} characters")
     return dict(value)
 
@@ -273,11 +276,10 @@ def _demand(value: object) -> dict[int, float]:
         raise InputError("demand", value, "a table {GPUs: seconds} with at least one entry")
     table: dict[int, float] = {}
     for gpus, seconds in value.items():
-        at = int(str(gpus)) if str(gpus).isdecimal() else 0
+        at = int(str(gpus)) if _COUNT.match(str(gpus)) else 0
         if not 1 <= at <= MAX_GPUS:
             raise InputError("demand", gpus, f"a number of GPUs from 1 to {MAX_GPUS}")
-        good = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not (good and math.isfinite(seconds) and seconds > 0):
+        if not (is_finite(seconds) and seconds > 0):
             raise InputError(f"demand[{at}]", seconds, "a finite number > 0")
         table[at] = float(seconds)
     return table
@@ -291,12 +293,17 @@ def _profile(
         return "", ()
     if given.get("demand") is not None:
         raise InputError("profile", name, "demand or profile, not both")
-    speeds = tuple(given.get("speeds") or profiles.get(name) or ())
+    if not isinstance(name, str):
+        raise InputError("profile", f"{name!r:.80}", "a name")
+    listed = given.get("speeds") or profiles.get(name) or ()
+    if not isinstance(listed, (list, tuple)):
+        raise InputError("speeds", f"{listed!r:.80}", "a list of numbers")
+    speeds = tuple(listed)
     if not speeds:
         raise InputError("profile", name, f"one of {', '.join(sorted(profiles)) or 'none known'}")
     for at, speed in enumerate(speeds):
-        if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 0 <= speed < 1e6:
+        if not (is_finite(speed) and 0 <= speed < 1e6):
             raise InputError(f"speeds[{at}]", speed, "a finite number >= 0")
     if len(speeds) <= int(given.get("min_gpus", 1)):
         raise InputError("min_gpus", given.get("min_gpus", 1), f"at most {len(speeds) - 1}")
-    return str(name), speeds
+    return name, speeds

@@ -52,10 +52,6 @@ class ModelSpec:
             raise InputError("latency_s", self.latency_s, "seconds >= 0")
 
     @property
-    def provider_name(self) -> str:
-        return self.upstream_model or self.name
-
-    @property
     def cost_rank(self) -> int:
         """What models are compared by: three input tokens to one of output."""
         return self.price.blended_nano()

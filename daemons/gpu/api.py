@@ -14,6 +14,8 @@ from aiohttp import web
 
 import intentd
 from intentd.core.errors import InputError
+from intentd.core.jobs.demand import MAX_GPUS
+from intentd.core.jobs.spec import MAX_ARRAY, MAX_COMMAND, MAX_GRACE_S, MAX_TRIALS, SIGNALS
 from intentd.daemons.gpu.service import (
     MAX_LOG_BYTES,
     MAX_PAGE,
@@ -22,21 +24,44 @@ from intentd.daemons.gpu.service import (
     Service,
     UnknownJobError,
 )
-from intentd.daemons.kit.openapi import OPEN, TEXT, Operation, document, json_body, number
+from intentd.daemons.kit.openapi import TEXT, Operation, document, json_body, number, record
 from intentd.daemons.kit.status import CALLER, json_response
 from intentd.daemons.kit.store import StoreError
 from intentd.daemons.kit.tokens import Role
 
 _JOB: Final = number(0, 2**53)
+_LABEL: Final = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"}
+_SECONDS: Final = {"type": "number", "minimum": 0}
+_TABLE: Final = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[1-9][0-9]{0,2}$"},
+    "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+}
+# core.jobs.spec says what each means, and refuses what does not fit together.
+_JOB_FIELDS: Final[dict[str, Any]] = {
+    "name": _LABEL, "owner": _LABEL, "workdir": TEXT,
+    "command": {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_COMMAND},
+    "env": {"type": "object", "additionalProperties": TEXT,
+            "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,255}$"}},
+    "labels": {"type": "object", "additionalProperties": TEXT, "propertyNames": _LABEL},
+    "min_gpus": number(1, MAX_GPUS), "max_gpus": number(1, MAX_GPUS),
+    "demand": {"anyOf": [_TABLE, {"type": "object", "additionalProperties": _TABLE},
+                         {"type": "null"}]},
+    "gpu_types": {"type": "array", "items": _LABEL}, "size_gpu_s": _SECONDS, "profile": TEXT,
+    "speeds": {"type": "array", "items": _SECONDS}, "trials": number(1, MAX_TRIALS),
+    "checkpoint_signal": {"enum": list(SIGNALS)}, "grace_s": {**_SECONDS, "maximum": MAX_GRACE_S},
+    "time_limit_s": _SECONDS, "retries": number(0, 100), "array_index": number(-1, MAX_ARRAY),
+    "array": number(0, MAX_ARRAY),
+}  # fmt: skip
 _LOST: Final = {404: "There is no such job or node.", 507: "The disk refuses: not accepted."}
 OPERATIONS: Final = (
     Operation("POST", "/api/jobs", "submit", "Submit a job; array: n submits n of it.",
-              body=OPEN, status=201, refusals=_LOST),
+              body=record("command", **_JOB_FIELDS), status=201, refusals=_LOST),
     Operation("GET", "/api/jobs", "list", "Jobs, newest first.",
               {"state": TEXT, "owner": TEXT, "name": TEXT, "label": TEXT, "before": _JOB,
                "limit": number(1, MAX_PAGE)}, refusals=_LOST),
     Operation("POST", "/api/jobs/predict", "predict", "Predict a job without submitting it.",
-              body=OPEN, refusals=_LOST),
+              body=record("", **_JOB_FIELDS), refusals=_LOST),
     Operation("GET", "/api/jobs/{job}", "show", "One job with its predictions.",
               refusals=_LOST, path_schema=_JOB),
     Operation("DELETE", "/api/jobs/{job}", "cancel", "Cancel a job.",

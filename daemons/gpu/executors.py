@@ -24,6 +24,8 @@ from intentd.daemons.kit.clock import Clock
 _log = logging.getLogger(__name__)
 
 BACKOFF_S: Final = 2.0
+# what reading a file that is its job's own may end in
+NONSENSE: Final = (OSError, ValueError, KeyError, TypeError, OverflowError)
 PASSED_ON: Final = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "LD_LIBRARY_PATH")
 
 
@@ -195,7 +197,7 @@ class LocalExecutor:
                     continue
                 said = read_json(path)
                 done, total = float(said["done"]), float(said["total"])
-            except (OSError, ValueError, KeyError, TypeError):
+            except NONSENSE:
                 continue  # the job's own file: nothing yet, or nonsense
             self._seen[(job, epoch)] = stamp
             self._sink.progress(job, epoch, done, total)
@@ -320,7 +322,7 @@ class LocalExecutor:
         try:
             said = read_json(run / "exit.json")
             status, detail = int(said["status"]), str(said["detail"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except NONSENSE:
             future = self._pool.submit(self._hands.kill, run, self._owners.get(job, ""))
             future.add_done_callback(
                 lambda done: self._in_loop(self._gone, job, epoch, done.result())

@@ -196,7 +196,10 @@ def open_own(path: Path) -> int:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises OSError, ValueError."""
-    value = json.loads(read_own(path))
+    try:
+        value = json.loads(read_own(path))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not an object")
     return value

@@ -160,7 +160,7 @@ class Slot:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             return [float(said["done"]), float(said["total"])]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None  # the job's own file: nothing yet, or nonsense
 
     async def _start_runner(self) -> None:

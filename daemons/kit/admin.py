@@ -30,7 +30,6 @@ MAX_ANSWER_BYTES: Final = 64 << 20
 MAX_CONNECTIONS: Final = 64
 IDLE_TIMEOUT_S: Final = 300.0
 _SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; the socket module does not name it
-_MAX_GROUPS: Final = 65536  # NGROUPS_MAX
 
 # Who asks, as the kernel says: set while a command is handled.
 peer_uid: ContextVar[int] = ContextVar("peer_uid", default=-1)

@@ -23,7 +23,6 @@ MAX_FRAME_BYTES: Final = 16384
 MAX_RUNS: Final = 1024  # runs of ids in one message
 MAX_IDS: Final = 4096  # ids in one request
 MAX_RUN_IDS: Final = 65536  # ids in one run
-MAX_NAME_BYTES: Final = 255
 MAX_BITMAP_BYTES: Final = 128  # 1,024 ids above the floor in one answer
 MAX_TEXT_BYTES: Final = 200
 MAX_ID: Final = 2**63 - 1

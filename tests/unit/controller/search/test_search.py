@@ -13,6 +13,7 @@ pytest.importorskip("pymoo", reason="the controller extra is not installed")
 from intentd.controller.search import histories
 from intentd.controller.search.chart import html_chart, write_chart
 from intentd.controller.search.pool import LocalPool, ProcessPool, open_pool
+from intentd.controller.search.process import SearchProcess
 from intentd.controller.search.solver import Budget, PreferenceSolver, _unbeaten, read_front
 from intentd.core.errors import InputError, IntentdError
 from intentd.core.jobs.metrics import Objective, parse_objectives
@@ -186,14 +187,16 @@ def test_wrong_settings_are_refused(found):
         open_pool([], None, workers=0)
 
 
-def test_an_absent_ray_is_one_clear_error(found):
-    try:
-        import ray  # noqa: F401  # present: nothing to see here
-    except ImportError:
-        with pytest.raises(InputError, match="ray"):
-            solver(found).update_pareto_front(ray="127.0.0.1:6379")
-    else:
-        pytest.skip("Ray is installed")
+def test_an_absent_ray_is_one_clear_error(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="ray"):
+        solver(found).update_pareto_front(ray="127.0.0.1:6379")
+
+
+async def test_an_absent_search_library_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(IntentdError, match=r"pip install 'intentd\[controller\]'"):
+        await SearchProcess().search({"evaluations": 1, "seconds": 1})
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):

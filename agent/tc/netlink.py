@@ -424,9 +424,6 @@ class KernelThread:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, function)
 
-    def call_blocking(self, function: Callable[[], T]) -> T:
-        return self._executor.submit(function).result()
-
     def close(self) -> None:
         """Close socket and thread. Safe to call twice."""
         if not self._closed.is_set():

@@ -12,7 +12,6 @@ from intentd.core.prompts.cache.keys import scope_hash
 from intentd.core.prompts.request import Request
 from intentd.proxy.keys import Key
 
-SHARING: Final = ("off", "tenant", "all")
 EVERYBODY: Final = "all"
 # of a request's parameters these say nothing about its answer
 _UNIMPORTANT: Final = frozenset(

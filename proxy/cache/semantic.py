@@ -171,12 +171,6 @@ class Semantic:
         if silent:
             rule.threshold = max(rule.threshold, min(before, self.gate.threshold))
 
-    def set_gate(self, gate: Gate) -> None:
-        """Another gate has another scale: what was learned on the old one is forgotten."""
-        self.gate = gate
-        self._thresholds.clear()
-        self._learned.clear()
-
     def set_target(self, max_false_hit: float) -> None:
         self.max_false_hit = max_false_hit
         for rule in self._thresholds.values():

@@ -21,10 +21,13 @@ def _object(required: str = "", **fields: Any) -> dict[str, Any]:
     return {**made, "required": required.split()} if required else made
 
 
-_EXTENSION: Final = _object(service_type=_TEXT, conversation=_TEXT, options=_OPEN)
-_GENERATED: Final = {"model": _TEXT, "stream": {"type": "boolean"}, "service_type": _TEXT,
+_MODEL: Final = {"$ref": "#/components/schemas/Model"}
+_SERVICE: Final = {"$ref": "#/components/schemas/ServiceType"}
+_MESSAGES: Final = {"type": "array", "items": {"$ref": "#/components/schemas/Message"}}
+_EXTENSION: Final = _object(service_type=_SERVICE, conversation=_TEXT, options=_OPEN)
+_GENERATED: Final = {"model": _MODEL, "stream": {"type": "boolean"}, "service_type": _SERVICE,
                      "intentd": _EXTENSION}  # fmt: skip
-_OWN: Final = {"service_type": _TEXT, "options": _OPEN}
+_OWN: Final = {"service_type": _SERVICE, "options": _OPEN}
 
 SCHEMAS: Final[dict[str, dict[str, Any]]] = {
     "Error": _object(
@@ -42,6 +45,11 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         ),
         "additionalProperties": True,
     },
+    "Message": {
+        **_object("role", role={"enum": ["system", "developer", "user", "assistant", "tool"]},
+                  content={"anyOf": [_TEXT, _LIST, {"type": "null"}]}),
+        "additionalProperties": True,
+    },
     "Answer": _object(id=_TEXT, response=_TEXT, metadata={"$ref": "#/components/schemas/Metadata"}),
 }  # fmt: skip
 
@@ -49,7 +57,7 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
 PATHS: Final[dict[str, dict[str, tuple[str, dict[str, Any] | None]]]] = {
     "/v1/chat/completions": {
         "post": ("OpenAI's chat, to a model or by a service type; streams as server-sent events.",
-                 {**_object("model messages", **_GENERATED, messages=_LIST, max_tokens=_COUNT,
+                 {**_object("model messages", **_GENERATED, messages=_MESSAGES, max_tokens=_COUNT,
                             n=_COUNT, tools=_LIST, response_format=_OPEN, stream_options=_OPEN),
                   "additionalProperties": True}),
     },
@@ -60,7 +68,7 @@ PATHS: Final[dict[str, dict[str, tuple[str, dict[str, Any] | None]]]] = {
     },
     "/v1/embeddings": {
         "post": ("OpenAI's embeddings.",
-                 {**_object("model input", model=_TEXT, input={}), "additionalProperties": True}),
+                 {**_object("model input", model=_MODEL, input={}), "additionalProperties": True}),
     },
     "/v1/responses": {
         "post": ("OpenAI's responses; stored unless store is false.",
@@ -74,13 +82,14 @@ PATHS: Final[dict[str, dict[str, tuple[str, dict[str, Any] | None]]]] = {
     },
     "/v1/messages": {
         "post": ("Anthropic's messages; errors in Anthropic's shape.",
-                 _object("model messages max_tokens", **_GENERATED, messages=_LIST,
+                 _object("model messages max_tokens", **_GENERATED, messages=_MESSAGES,
                          max_tokens=_COUNT, system={}, tools=_LIST, tool_choice=_OPEN,
                          stop_sequences=_NAMES)),
     },
     "/v1/messages/count_tokens": {
         "post": ("An estimate of a message's input tokens.",
-                 _object("model messages", model=_TEXT, messages=_LIST, system={}, tools=_LIST)),
+                 _object("model messages", model=_MODEL, messages=_MESSAGES, system={},
+                         tools=_LIST)),
     },
     "/v1/request": {
         "post": ("Answer a prompt by a service type.",
@@ -143,14 +152,14 @@ REFUSALS: Final = {
 
 def openapi_document(version: str, paths: Iterable[str], service_types: Iterable[str]) -> Any:
     """The document of a proxy that has these paths and offers these service types."""
-    known = set(paths)
+    known, offered = set(paths), sorted(service_types)
+    named = {"anyOf": [{"enum": offered}, _TEXT]}
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "intentd-proxy",
             "version": version,
-            "description": "Language-model prompts by service type: "
-            + ", ".join(sorted(service_types)),
+            "description": "Language-model prompts by service type: " + ", ".join(offered),
         },
         "security": [{"key": []}, {}],
         "paths": {
@@ -159,7 +168,11 @@ def openapi_document(version: str, paths: Iterable[str], service_types: Iterable
             if path in known or path.removesuffix("/{id}") in known or path.endswith("/{id}")
         },
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": {
+                **SCHEMAS,
+                "Model": {**named, "description": "A model of the pool, or a service type."},
+                "ServiceType": named,
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }

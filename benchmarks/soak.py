@@ -45,6 +45,7 @@ from intentd.testbed import netns
 
 SLOPE_BAR_MB_H: Final = 0.5
 FILES_BAR: Final = 8
+NEWEST: Final = 4  # conversations whose turns fit into the rows that are kept
 EVERY_S: Final = 5.0
 # What a daemon keeps on purpose is full within minutes of this load.
 SETTINGS: Final = {
@@ -99,6 +100,7 @@ class Soak(Campaign):
     async def _play(self) -> None:
         for jobs in self.jobs:
             jobs.forgotten = True
+        self.users.newest = NEWEST
         began, next_s = time.monotonic(), time.monotonic()
         told = 0
         while (now := time.monotonic()) < began + 60 * self.minutes and not self.interrupted:

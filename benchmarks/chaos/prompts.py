@@ -44,7 +44,11 @@ class Key:
 
 @dataclass(eq=False)
 class Users:
-    """conversations users talk, streamers stream; each waits for its answer before the next."""
+    """conversations users talk, streamers stream; each waits for its answer before the next.
+
+    newest: so many conversations are judged at the end, where the proxies are set to forget older
+    ones; 0: all.
+    """
 
     world: World
     providers: Providers
@@ -56,6 +60,7 @@ class Users:
     last_ok_s: float = 0.0
     errors: list[str] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    newest: int = 0
     _session: aiohttp.ClientSession | None = None
     _made: int = 0
 
@@ -213,7 +218,7 @@ class Users:
     async def judge_conversations(self) -> list[str]:
         """What was lost or is out of order, by what a proxy says it keeps."""
         wrong = []
-        for conversation, acked in self.acked.items():
+        for conversation, acked in list(self.acked.items())[-self.newest :]:
             owner = next((p for _, p in acked), None)
             if owner is None:
                 continue

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
 from intentd.core.prompts.pipeline import Answer, PipelineError
-from intentd.core.prompts.regenerate import Previous, regenerate
+from intentd.core.prompts.regenerate import Previous, best_of, regenerate
 from intentd.core.prompts.service_types import CacheStage, ServiceType, get_type, with_options
 from intentd.daemons.kit.clock import Clock
 from intentd.proxy import native
@@ -142,23 +143,31 @@ class Answers:
         self, request: web.BaseRequest, wanted: native.Regenerate, exchange: Exchange
     ) -> web.StreamResponse:
         """A better answer in place of another."""
-        asked, before = await self.again(wanted, exchange)
-        return await self.delegate(request, asked, exchange, None, before, wanted.request_id)
+        async with self.again(wanted, exchange) as (asked, before):
+            return await self.delegate(request, asked, exchange, None, before)
 
+    @contextlib.asynccontextmanager
     async def again(
         self, wanted: native.Regenerate, exchange: Exchange
+    ) -> AsyncIterator[tuple[native.Asked, native.Remembered]]:
+        """What to ask in place of a turn's newest answer, which is thereby rated bad; one after
+        the other. Raises ApiError."""
+        wait_s = self._engine.section.total_timeout_s
+        alone = self.memory.alone(wanted.request_id, exchange.key.key_id, wait_s)
+        async with alone as before:
+            yield await self._again(wanted, before)
+
+    async def _again(
+        self, wanted: native.Regenerate, before: native.Remembered
     ) -> tuple[native.Asked, native.Remembered]:
-        """What to ask in place of an answer, which is thereby rated bad. Raises ApiError."""
-        before = self.memory.find(wanted.request_id, exchange.key.key_id)
         options = {**before.asked.options, **wanted.options}
         name = wanted.service_type or before.asked.service_type
         if wanted.service_type and wanted.service_type != before.asked.service_type:
             options = wanted.options  # those of the other type may mean nothing here
         asked = native.Asked(name, before.asked.request, options)
-        document = await self._log.find(wanted.request_id, exchange.key.key_id) or {}
-        self._feedback.tell(
-            Feedback(wanted.request_id, exchange.key.key_id, False, "regenerated", document)
-        )
+        newest, key_id = before.ids[-1], before.key_id
+        document = await self._log.find(newest, key_id) or {}
+        self._feedback.tell(Feedback(newest, key_id, False, "regenerated", document))
         return asked, before
 
     async def delegate(
@@ -168,7 +177,6 @@ class Answers:
         exchange: Exchange,
         call: Call | None,
         before: native.Remembered | None = None,
-        regenerates: str = "",
         dialect: Dialect = CHAT,
         continuation: Continuation | None = None,
     ) -> web.StreamResponse:
@@ -179,7 +187,7 @@ class Answers:
             sink = Sink(self._engine, http, call, exchange, dialect)
             exchange.stream = True
         try:
-            answer = await self.perform(asked, exchange, sink, before, regenerates, continuation)
+            answer = await self.perform(asked, exchange, sink, before, continuation)
         except PipelineError as error:
             if sink is not None and sink.started:
                 return await sink.fail(str(error))
@@ -199,27 +207,26 @@ class Answers:
         exchange: Exchange,
         sink: Sink | None = None,
         before: native.Remembered | None = None,
-        regenerates: str = "",
         continuation: Continuation | None = None,
     ) -> Answer:
         """Answer by a service type, in the conversation's turn. Raises ApiError, InputError and
         PipelineError."""
         made = self._made(asked, exchange)
         request = asked.request
-        rounds = 0
+        pool = self._driver.pool
         if before is not None:
-            rounds = before.rounds + 1
             previous = Previous(
-                regenerates, before.asked.service_type, before.answered_by, before.rounds,
-                before.cached,
+                before.ids[-1], before.asked.service_type, best_of(before.models, pool),
+                len(before.ids) - 1, before.cached, before.ids[:-1],
             )  # fmt: skip
             made, request = regenerate(
                 previous,
                 request,
                 {**self.types, made.name: made},
-                self._driver.pool,
+                pool,
                 service_type=asked.service_type,
             )
+            request = replace(request, before=before.sequence)
         exchange.rules = quota_rules(made, exchange.key.key_id)
         exchange.policy = self.policy
         async with contextlib.AsyncExitStack() as stack:
@@ -247,16 +254,23 @@ class Answers:
                 exchange.outcome = "no_answer"
                 raise
             exchange.trace = answer.trace
-            answer.trace.regenerates = regenerates
+            answer.trace.regenerates = before.ids[-1] if before is not None else ""
             exchange.model = answer.trace.answered_by
             seed = continuation.seed if continuation is not None else ()
-            await self._driver.remember(answer, request, exchange, turn, seed)
-        kept = native.Asked(asked.service_type, request, asked.options)
+            missed = before.sequence if before is not None and not before.joined else 0
+            await self._driver.remember(answer, request, exchange, turn, seed, missed)
+        kept = native.Asked(asked.service_type, replace(request, replaces=()), asked.options)
+        joined = bool(answer.updates and turn is not None)
         self.memory.keep(
-            exchange.request_id,
             native.Remembered(
-                exchange.key.key_id, kept, answer.trace.answered_by, rounds, answer.item is not None
-            ),
+                exchange.key.key_id,
+                kept,
+                (*(before.ids if before is not None else ()), exchange.request_id),
+                (*(before.models if before is not None else ()), answer.trace.answered_by),
+                answer.item is not None,
+                before.sequence if before is not None else exchange.sequence,
+                joined or (before is not None and before.joined),
+            )
         )
         exchange.total_s = self._clock.now() - exchange.started_s
         exchange.status = 200

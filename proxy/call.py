@@ -14,6 +14,7 @@ from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.money import format_dollars
 from intentd.proxy.adapter.litellm import LitellmUpstream
 from intentd.proxy.adapter.native import Upstream, Usage
+from intentd.proxy.errors import ApiError
 from intentd.proxy.keys import Key
 
 TEMPLATE_TOKENS: Final = 64  # what a chat template adds on its own, such as a default system prompt
@@ -163,6 +164,9 @@ class Exchange:
     rules: tuple[BudgetRule, ...] = ()
     sequence: int = 0  # in its conversation
     client_request_id: str = ""
+    refused: ApiError | None = None  # by a budget, on the way
+    deadline_s: float = 0.0  # of all its calls; 0 before the first
+    repeats: int = 0  # calls made again, by the same model or a fallback
 
     @property
     def cost_nano(self) -> int:

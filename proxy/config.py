@@ -246,11 +246,15 @@ class UpstreamSection(Section):
         default=60.0, description="Longest silence between two events of a stream.", gt=0
     )
     total_timeout_s: Duration = Field(
-        default=600.0, description="Longest time for one request, its retries included.", gt=0
+        default=600.0,
+        description="Longest time for one request of a client from its first call on: all calls of "
+        "its service type and their retries included.",
+        gt=0,
     )
     attempts: int = Field(
         default=3,
-        description="Calls made for one request at most, fallbacks included.",
+        description="A request of a client is given up after so many failed calls, fallbacks "
+        "included. A service type makes each of its own calls once beside the repeats.",
         ge=1,
         le=10,
     )
@@ -345,6 +349,14 @@ class ConversationsSection(Section):
 
     max_messages: int = Field(
         default=1000, description="Prompt-answer pairs kept of each; the oldest go first.", ge=1
+    )
+    max_bytes: Size = Field(
+        default=64 << 20,
+        description="Of each conversation, its images included; the oldest pairs go first.",
+        ge=1,
+    )
+    max_age_s: Duration = Field(
+        default=90 * 86400.0, description="Older pairs are forgotten; 0: none for its age.", ge=0
     )
     max_rows: int = Field(
         default=1_000_000, description="Pairs kept of all together; the oldest go first.", ge=1

@@ -7,7 +7,10 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
+
+import orjson
 
 from intentd.core.prompts.effects import Message
 from intentd.daemons.kit.clock import Clock
@@ -20,6 +23,7 @@ from intentd.proxy.store.grouped import Grouped
 
 PRUNE_EVERY: Final = 1000
 REMEMBER_S: Final = 86400.0
+PURGE_EVERY_S: Final = 3600.0
 
 
 class Conversations:
@@ -60,27 +64,63 @@ class Conversations:
             elif not queue[0].done():
                 queue[0].set_result(None)
 
-    async def load(self, key: str, conversation: str, without: Sequence[str] = ()) -> list[Message]:
-        sql = (
-            "SELECT message_id, prompt, response, chat FROM messages "
-            "WHERE key = ? AND conversation = ? ORDER BY number DESC LIMIT ?"
-        )
-        rows = await self._run(
-            lambda store: store.read(sql, (key, conversation, self.section.max_messages))
-        )
-        return [read_message(row) for row in reversed(rows) if row["message_id"] not in without]
+    async def load(
+        self,
+        key: str,
+        conversation: str,
+        without: Sequence[str] = (),
+        before: int = 0,
+        newest: int | None = None,
+    ) -> list[Message]:
+        most = most_rows(self.section, newest, without)
+        wanted = (key, conversation, before, most, oldest_wall_s(self.section, self._clock))
 
-    async def append(self, turn: Turn, message: Message, replaces: Sequence[str]) -> None:
-        place = (turn.key, turn.conversation)
-        row = message_row(turn, message, self._clock.wall())
+        def read(store: Store) -> list[Message]:  # and decoded there, not in the loop
+            return read_messages(store.read(sqlite.LOAD_MESSAGES, wanted), without, newest)
+
+        found: list[Message] = await self._run(read) if most else []
+        return found
+
+    async def count(self, key: str, conversation: str) -> int:
+        rows = await self._run(lambda store: store.read(sqlite.COUNT_MESSAGES, (key, conversation)))
+        return int(rows[0][0])
+
+    async def run_purging(self) -> None:
+        """Forget what is too old, for ever."""
+        while True:
+            oldest_s = oldest_wall_s(self.section, self._clock)
+
+            def purge(store: Store, oldest_s: float = oldest_s) -> None:
+                with store.transaction() as db:
+                    db.execute(sqlite.PRUNE_OLD, (oldest_s,))
+
+            with contextlib.suppress(StoreError):
+                await self._store.run(purge)
+            await self._clock.sleep(PURGE_EVERY_S)
+
+    async def append(
+        self, turn: Turn, message: Message, replaces: Sequence[str], place: int = 0
+    ) -> None:
+        which = (turn.key, turn.conversation)
+        at = replace(turn, sequence=place) if replaces else turn
+        wall_s, section = self._clock.wall(), self.section
 
         def write(store: Store) -> None:
+            row = message_row(at, message, wall_s)
             with store.transaction() as db:
-                for name in replaces:
-                    db.execute(sqlite.REMOVE_MESSAGE, (*place, name))
-                db.execute(sqlite.ADD_MESSAGE, row)
-                db.execute(sqlite.PRUNE_CONVERSATION, (*place, *place, self.section.max_messages))
-                db.execute(sqlite.PRUNE_MESSAGES, (self.section.max_rows,))
+                found = [
+                    number for name in replaces
+                    for (number,) in db.execute(sqlite.FIND_MESSAGE, (*which, name)).fetchall()
+                ]  # fmt: skip
+                if found:
+                    db.execute(sqlite.REPLACE_MESSAGE, (*row[3:], min(found)))
+                    for number in set(found) - {min(found)}:
+                        db.execute("DELETE FROM messages WHERE number = ?", (number,))
+                elif place or not replaces:
+                    db.execute(sqlite.ADD_MESSAGE, row)
+                db.execute(sqlite.PRUNE_CONVERSATION, (*which, *which, section.max_messages))
+                db.execute(sqlite.PRUNE_BYTES, (*which, section.max_bytes))
+                db.execute(sqlite.PRUNE_MESSAGES, (section.max_rows,))
 
         await self._run(write)
 
@@ -133,16 +173,47 @@ class Conversations:
 
 def message_row(turn: Turn, message: Message, wall_s: float) -> tuple[Any, ...]:
     """A message as both stores keep it."""
+    chat = _dump(message.chat) if message.chat else ""
     return (
         turn.key, turn.conversation, turn.sequence, message.message_id, message.prompt,
-        message.response, json.dumps(message.chat) if message.chat else "", wall_s,
+        message.response, chat, wall_s, len(message.prompt) + len(message.response) + len(chat),
     )  # fmt: skip
+
+
+def _dump(chat: Sequence[Any]) -> str:
+    try:
+        return orjson.dumps(chat).decode()
+    except TypeError:  # half a character, which only Python's own writes down
+        return json.dumps(chat)
+
+
+def most_rows(section: ConversationsSection, newest: int | None, without: Sequence[str]) -> int:
+    """Rows to read for the newest messages without some."""
+    most = section.max_messages
+    return most if newest is None else min(most, newest and newest + len(without))
+
+
+def oldest_wall_s(section: ConversationsSection, clock: Clock) -> float:
+    return clock.wall() - section.max_age_s if section.max_age_s else 0.0
+
+
+def read_messages(rows: Sequence[Any], without: Sequence[str], newest: int | None) -> list[Message]:
+    """rows: newest first. Oldest first."""
+    kept = [row for row in rows if row["message_id"] not in without][:newest]
+    return [read_message(row) for row in reversed(kept)]
+
+
+def _load(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return json.loads(text)
 
 
 def read_message(row: Any) -> Message:
     return Message(
         row["prompt"],
         row["response"],
-        tuple(json.loads(row["chat"])) if row["chat"] else (),
+        tuple(_load(row["chat"])) if row["chat"] else (),
         row["message_id"],
     )

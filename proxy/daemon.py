@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -373,11 +373,16 @@ class ProxyDaemon(Daemon[ProxyConfig]):
     def _cache_part(self, config: ProxyConfig, state: State, api: Api) -> CachePart:
         clock, driver = self.kit.clock, api.driver
 
-        def embed(
-            model: str, texts: Sequence[str], by: Exchange | None
-        ) -> Awaitable[list[list[float]]]:
-            own = Exchange("cache", CACHE_KEY, clock.now(), clock.wall(), service_type="cache")
-            return driver.embed(model, texts, by or own)
+        async def embed(model: str, texts: Sequence[str], by: Exchange | None) -> list[list[float]]:
+            if by is not None:
+                return await driver.embed(model, texts, by)
+            own = api.exchange(CACHE_KEY)
+            own.service_type = own.path = "cache"
+            try:
+                return await driver.embed(model, texts, own)
+            finally:
+                if own.steps:
+                    api.receipt(own)
 
         part = CachePart(
             config.cache, state.cache_rows, clock, driver, lambda: api.active, embed

@@ -30,10 +30,10 @@ from intentd.core.prompts.effects import (
     StoreCache,
     Together,
 )
-from intentd.core.prompts.health import HealthState
+from intentd.core.prompts.health import RATE_LIMITED, HealthState
 from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.models import ModelPool
-from intentd.core.prompts.pipeline import Answer, Env, Request, run
+from intentd.core.prompts.pipeline import Answer, Env, PipelineError, Request, run
 from intentd.core.prompts.request import Gate
 from intentd.core.prompts.service_types import ServiceType
 from intentd.proxy.adapter.native import Usage
@@ -90,9 +90,12 @@ class Driver:
         )
         cache = self.cache
         gate = cache.gate(exchange) if cache is not None else None
+        limited = frozenset(
+            name for name in down if self._engine.models[name].health.reason == RATE_LIMITED
+        )
         request = replace(request, warm=self.warmth.find(exchange.key.key_id, request))
         trace = Trace(service_type.name)
-        steps = run(service_type, request, self._env(down, gate), trace)
+        steps = run(service_type, request, self._env(down, gate, limited), trace)
         if stream_to is not None:
             stream_to = _telling(stream_to, exchange, trace)
         sent: dict[str, tuple[ChatMessage, ...]] = {}
@@ -112,6 +115,12 @@ class Driver:
                 took_s = self._engine.clock.now() - began_s
                 trace.stages_s[stage] = trace.stages_s.get(stage, 0.0) + took_s
                 effect = steps.send(outcome)
+        except PipelineError as error:
+            refused = exchange.refused
+            if refused is not None and error.reason == str(refused):
+                exchange.trace = error.trace
+                raise refused from None  # in the words of the budget
+            raise
         except StopIteration as end:
             answer: Answer = end.value
             if cache is not None:
@@ -127,6 +136,8 @@ class Driver:
             effect = next(steps)
             while True:
                 effect = steps.send(await self._perform(effect, exchange, None))
+                if exchange.refused is not None:
+                    raise exchange.refused
         except StopIteration as end:
             found: T = end.value
             return found
@@ -135,7 +146,10 @@ class Driver:
 
     async def ask(self, effect: CallModel, exchange: Exchange) -> Reply | CallFailed:
         """One call outside of a pipeline. Raises ApiError for a budget that is used up."""
-        return await self._call(effect, exchange, None)
+        outcome = await self._call(effect, exchange, None)
+        if exchange.refused is not None:
+            raise exchange.refused
+        return outcome
 
     async def embed(
         self, model: str, texts: Sequence[str], exchange: Exchange
@@ -154,9 +168,11 @@ class Driver:
         except (KeyError, TypeError, ValueError):
             raise ApiError(502, f"{model}: no embeddings in the answer") from None
 
-    def _env(self, down: frozenset[str], gate: Gate | None) -> Env:
-        routed = self.foreteller is not None
-        return Env(self.pool, down=down, gate=gate, routed=routed, agreement=self.agreement)
+    def _env(self, down: frozenset[str], gate: Gate | None, limited: frozenset[str]) -> Env:
+        return Env(
+            self.pool, down=down, limited=limited, gate=gate, agreement=self.agreement,
+            routed=self.foreteller is not None,
+        )  # fmt: skip
 
     async def remember(
         self,
@@ -165,14 +181,16 @@ class Driver:
         exchange: Exchange,
         turn: Turn | None,
         seed: Sequence[Message] = (),
+        place: int = 0,
     ) -> None:
         """Let the answer join its conversation, durably before the client has it all.
 
-        seed: what comes before it in a conversation that is new.
+        seed: what comes before it in a conversation that is new. place: where an answer given in
+        place of others goes when none of them is there; 0: nowhere.
         """
         if answer.updates and turn is not None:
-            for place, message in enumerate(seed):
-                name = message.message_id or f"{exchange.request_id}.{place}"
+            for number, message in enumerate(seed):
+                name = message.message_id or f"{exchange.request_id}.{number}"
                 await self.conversations.append(turn, replace(message, message_id=name), ())
             await self.conversations.append(
                 turn,
@@ -183,6 +201,7 @@ class Driver:
                     message_id=exchange.request_id,
                 ),
                 request.replaces,
+                place,
             )
 
     def _note_warm(
@@ -216,10 +235,14 @@ class Driver:
                 raise group.exceptions[0] from None
             return tuple(task.result() for task in running)  # type: ignore[misc]  # not nested
         if isinstance(effect, LoadContext):
+            which = (exchange.key.key_id, effect.conversation)
             messages = await self.conversations.load(
-                exchange.key.key_id, effect.conversation, effect.without
+                *which, effect.without, effect.before, effect.newest
             )
-            return ContextLoaded(tuple(messages))
+            available = len(messages)
+            if effect.newest is not None and available >= effect.newest:
+                available = await self.conversations.count(*which)
+            return ContextLoaded(tuple(messages), available)
         if isinstance(effect, Foretell):
             if self.foreteller is None:  # gone by a reload since the pipeline began
                 return Prediction(0.0, known=False)
@@ -250,8 +273,11 @@ class Driver:
             answer = await self._engine.complete(call, exchange)
         except ApiError as error:
             if error.kind == "insufficient_quota":
-                raise
-            exchange.retry_after_s = error.retry_after_s
+                # What has been answered already may do: the pipeline decides.
+                exchange.refused = error
+                return CallFailed(effect.model, str(error), error.status, retryable=False)
+            waits = (exchange.retry_after_s, error.retry_after_s)
+            exchange.retry_after_s = min((wait for wait in waits if wait), default=None)
             return CallFailed(
                 effect.model,
                 str(error),

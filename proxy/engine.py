@@ -1,8 +1,8 @@
 """Calls to the pool: which model, how often, with whose money; every attempt is accounted for.
 
 The decisions are core's (health, budgets); here they meet the providers. A failure before the
-first token leads to the next model or another attempt, within the request's deadline, its number
-of attempts and the retry budget of all requests together.
+first token leads to the next model or another attempt, within the client's request's deadline, its
+number of attempts (one budget for all calls of its pipeline) and the retry budget of all requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 from intentd.core.prompts.budgets import BudgetRule, Reservation
 from intentd.core.prompts.counting import TokenRatio
-from intentd.core.prompts.health import HealthState, ModelHealth, RetryBudget
+from intentd.core.prompts.health import RATE_LIMITED, HealthState, ModelHealth, RetryBudget
 from intentd.daemons.kit.clock import Clock
 from intentd.proxy.adapter.litellm import LitellmStream, LitellmUpstream
 from intentd.proxy.adapter.native import Answer, UpstreamError, UpstreamStream, Usage
@@ -75,9 +75,17 @@ class Places:
                 ) from None
             raise
 
+    def resize(self, limit: int, max_waiting: int) -> None:
+        """Take other bounds; what runs goes on and counts."""
+        self.limit, self.max_waiting = limit, max_waiting
+        self._hand_out()
+
     def give(self) -> None:
         self.taken -= 1
-        while self._queue and self.taken < self.limit:
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._queue and (not self.limit or self.taken < self.limit):
             place = self._queue.popleft()
             if not place.done():
                 self.taken += 1
@@ -221,10 +229,14 @@ class Engine:
         self._numbers = itertools.count()
 
     def set_pool(self, upstreams: Mapping[str, Upstream], section: UpstreamSection) -> None:
-        """Take a pool (start, reload). Models that stay keep their health."""
+        """Take a pool (start, reload). Models that stay keep their health, and the calls under
+        way their places."""
         fresh = {name: PoolModel(upstream, section) for name, upstream in upstreams.items()}
         for name, model in fresh.items():
             known = self.models.get(name)
+            if known is not None:
+                model.places = known.places
+                model.places.resize(upstreams[name].model.max_concurrency, section.max_waiting)
             if known is not None and known.upstream.model.base_url == model.upstream.model.base_url:
                 model.health, model.ratio = known.health, known.ratio
                 model.health.failures = section.cooldown_failures
@@ -301,19 +313,33 @@ class Engine:
         exchange: Exchange,
         once: Callable[[Upstream, bytes, float], Awaitable[T]],
     ) -> tuple[T, Attempt]:
-        """Ask until a model answers; the last failure becomes the client's error."""
-        section, clock = self.section, self.clock
-        deadline_s = clock.now() + section.total_timeout_s
-        self._retries.request()
+        """Ask until a model answers; the last failure becomes the client's error.
+
+        Every call of a pipeline is made once; what fails is asked again, here or of a fallback,
+        `attempts` - 1 times for the client's request, before one deadline.
+        """
+        clock = self.clock
+        if not exchange.deadline_s:
+            exchange.deadline_s = clock.now() + self.section.total_timeout_s
+            self._retries.request()
+        deadline_s = exchange.deadline_s
+        if clock.now() >= deadline_s:
+            raise ApiError(
+                504, f"{call.model}: the time of this request is over",
+                code="upstream_timeout", kind="upstream_error",
+            )  # fmt: skip
         failed: list[str] = []
         last: UpstreamError | None = None
         paid = True  # the first attempt is not a retry
         while True:
             if last is not None and not paid:
                 if not self._untried(call, failed):
-                    if not self._may_retry(failed, last):
+                    if not self._may_retry(last):
                         raise _api_error(last)
-                    await clock.sleep(self._backoff_s(len(failed), last))
+                    pause_s = self._backoff_s(len(failed), last)
+                    if clock.now() + pause_s >= deadline_s:
+                        raise _api_error(last)
+                    await clock.sleep(pause_s)
                 self.metrics.retries += 1
                 paid = True
             model = self._choose(call, failed, clock.now())
@@ -329,9 +355,10 @@ class Engine:
                 last = error
                 paid = False
                 failed.append(model.name)
-                over = len(failed) >= section.attempts or clock.now() >= deadline_s
+                over = exchange.repeats >= self.section.attempts - 1 or clock.now() >= deadline_s
                 if over or not error.retryable:
                     raise _api_error(error) from None
+                exchange.repeats += 1
                 continue
             except BaseException:
                 attempt.left()
@@ -418,17 +445,17 @@ class Engine:
         now = self.clock.now()
         soonest = min(self._order(call), key=lambda model: model.health.wait_s(now))
         wait_s = soonest.health.wait_s(now)
-        patient = soonest.health.reason == "rate_limited"
+        patient = soonest.health.reason == RATE_LIMITED
         if not patient or wait_s > self.section.max_retry_after_s or now + wait_s > deadline_s:
-            raise _api_error(last, wait_s) if last is not None else _cooling(call, wait_s)
+            if last is not None:
+                raise _api_error(last, wait_s)
+            raise _limited(call, wait_s) if patient else _cooling(call, wait_s)
         # Another request's probe may succeed sooner.
         await self.clock.sleep(min(wait_s, POLL_S) + 0.01 * self._rng.random())
 
-    def _may_retry(self, failed: list[str], last: UpstreamError) -> bool:
+    def _may_retry(self, last: UpstreamError) -> bool:
         """Whether the same model may be asked again: not if the provider wants a long pause."""
-        if last.retry_after_s > self.section.max_retry_after_s:
-            return False
-        return len(failed) < self.section.attempts and self._retries.take()
+        return last.retry_after_s <= self.section.max_retry_after_s and self._retries.take()
 
     def _backoff_s(self, attempts: int, last: UpstreamError) -> float:
         pause_s = self.section.backoff_s * 2.0 ** (attempts - 1) * (0.5 + self._rng.random())
@@ -453,6 +480,16 @@ def _api_error(error: UpstreamError, wait_s: float = 0.0) -> ApiError:
         code=f"upstream_{error.kind}",
         kind="rate_limit_error" if error.kind == "rate_limited" else "upstream_error",
         retry_after_s=max(wait_s, error.retry_after_s) or None,
+    )
+
+
+def _limited(call: Call, wait_s: float) -> ApiError:
+    return ApiError(
+        429,
+        f"{call.model}: its provider limits the rate and wants to be left alone for {wait_s:.1f} s",
+        code="upstream_rate_limited",
+        kind="rate_limit_error",
+        retry_after_s=wait_s,
     )
 
 

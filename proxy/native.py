@@ -6,8 +6,11 @@ a restart forgets it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,47 +53,108 @@ class Regenerate:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What regenerate needs to know of an answer. rounds: how often it was regenerated before.
+    """What regenerate needs to know of a turn: what was asked last, and all that answered it.
 
-    cached: it was a stored one.
+    ids, models: of its answers, oldest first; every id leads to the turn. cached: the newest one
+    was a stored one. sequence: the turn's place in its conversation. joined: it is in there.
     """
 
     key_id: str
     asked: Asked
-    answered_by: str
-    rounds: int
+    ids: tuple[str, ...]
+    models: tuple[str, ...]
     cached: bool = False
+    sequence: int = 0
+    joined: bool = False
 
     @property
     def size_bytes(self) -> int:
-        """Roughly: its texts, those of the history twice (as pairs and as chat messages)."""
-        request = self.asked.request
-        return len(request.prompt) + 2 * sum(
-            len(one.prompt) + len(one.response) for one in request.history
+        """Of everything it keeps alive, about: texts, images, tools, schemas, options."""
+        asked, request = self.asked, self.asked.request
+        return FLAT_BYTES + (
+            held_bytes((request.prompt, request.turn, request.system, request.params))
+            + held_bytes((asked.options, self.ids, self.models))
+            + sum(held_bytes((m.prompt, m.response, m.chat)) for m in request.history)
         )
 
 
+FLAT_BYTES: Final = 1000  # the objects themselves
+_NODE_BYTES: Final = 100
+
+
+def held_bytes(value: Any) -> int:
+    """What a value read from JSON holds of memory, about."""
+    total, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        total += _NODE_BYTES
+        if isinstance(one, str):
+            total += len(one) if one.isascii() else 4 * len(one)
+        elif isinstance(one, Mapping):
+            rest += one.keys()
+            rest += one.values()
+        elif isinstance(one, (list, tuple)):
+            rest += one
+    return total
+
+
 class Memory:
-    """The last answers by request id, bounded in number and bytes; the oldest go first."""
+    """The last turns by the ids of their answers, bounded in number and bytes; the oldest go
+    first."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._answers: OrderedDict[tuple[str, str], Remembered] = OrderedDict()
-        self._bytes = 0
+        self._turns: OrderedDict[str, tuple[Remembered, int]] = OrderedDict()
+        self._turn_of: dict[str, str] = {}  # the first answer's id, by that of each
+        self._working: dict[str, tuple[asyncio.Lock, int]] = {}
+        self.size_bytes = 0
 
-    def keep(self, request_id: str, answer: Remembered) -> None:
-        known = self._answers.pop((answer.key_id, request_id), None)
-        self._bytes += answer.size_bytes - (known.size_bytes if known is not None else 0)
-        self._answers[answer.key_id, request_id] = answer
-        while self._answers and (
-            len(self._answers) > self.most or self._bytes > MAX_REMEMBERED_BYTES
+    def keep(self, turn: Remembered) -> None:
+        first, size_bytes = turn.ids[0], turn.size_bytes
+        self._drop(first)
+        self._turns[first] = (turn, size_bytes)
+        self._turn_of.update(dict.fromkeys(turn.ids, first))
+        self.size_bytes += size_bytes
+        while self._turns and (
+            len(self._turns) > self.most or self.size_bytes > MAX_REMEMBERED_BYTES
         ):
-            self._bytes -= self._answers.popitem(last=False)[1].size_bytes
+            self._drop(next(iter(self._turns)))
+
+    def _drop(self, first: str) -> None:
+        known = self._turns.pop(first, None)
+        if known is not None:
+            self.size_bytes -= known[1]
+            for name in known[0].ids:
+                self._turn_of.pop(name, None)
+
+    @contextlib.asynccontextmanager
+    async def alone(self, request_id: str, key_id: str, wait_s: float) -> AsyncIterator[Remembered]:
+        """The turn of an answer, while nobody else answers it again. Raises ApiError: 404, and
+        409 when that takes too long."""
+        first = self.find(request_id, key_id).ids[0]
+        lock, users = self._working.get(first, (asyncio.Lock(), 0))
+        self._working[first] = (lock, users + 1)
+        try:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await lock.acquire()
+            except TimeoutError:
+                raise ApiError(
+                    409, "this answer is being regenerated, and that takes long", retry_after_s=1
+                ) from None
+            try:
+                yield self.find(request_id, key_id)
+            finally:
+                lock.release()
+        finally:
+            lock, users = self._working.pop(first)
+            if users > 1:
+                self._working[first] = (lock, users - 1)
 
     def find(self, request_id: str, key_id: str) -> Remembered:
         """Raises ApiError 404."""
-        found = self._answers.get((key_id, request_id))
-        if found is None:
+        found, _ = self._turns.get(self._turn_of.get(request_id, ""), (None, 0))
+        if found is None or found.key_id != key_id:
             raise ApiError(
                 404,
                 f"id: got {shown(request_id)}, expected a recent answer of a service type",

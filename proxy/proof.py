@@ -15,7 +15,11 @@ RESERVATIONS = "SELECT accounts, amounts FROM reservations"
 SPEND = (
     "SELECT coalesce(sum(cost_nano), 0), coalesce(sum(estimated_nano), 0) FROM spend WHERE day >= ?"
 )
-RECEIPTS = "SELECT document FROM requests WHERE wall_s >= ?"
+# Added up where they are: two days of documents would not fit into memory.
+RECEIPTS = (
+    "SELECT count(*), coalesce(sum(json_extract(document, '$.cost_nano')), 0) "
+    "FROM requests WHERE wall_s >= ?"
+)
 
 
 def since(wall_s: float) -> tuple[str, float]:
@@ -33,14 +37,14 @@ async def prove_books(store: Store, day: str, since_wall_s: float) -> list[Claim
                 db.execute(ACCOUNTS).fetchall(),
                 db.execute(RESERVATIONS).fetchall(),
                 db.execute(SPEND, (day,)).fetchone(),
-                db.execute(RECEIPTS, (since_wall_s,)).fetchall(),
+                db.execute(RECEIPTS, (since_wall_s,)).fetchone(),
             )
 
     return await store.run(look)
 
 
 def claims_of(
-    accounts: Sequence[Any], reservations: Sequence[Any], spend: Any, receipts: Sequence[Any]
+    accounts: Sequence[Any], reservations: Sequence[Any], spend: Any, receipts: Any
 ) -> list[Claim]:
     """Rows as ACCOUNTS, RESERVATIONS, SPEND and RECEIPTS select them."""
     units = {row[0]: row[1] for row in accounts}
@@ -55,7 +59,7 @@ def claims_of(
         for name, _, _, reserved in accounts
         if reserved != held[name]
     ]
-    told = sum(int(json.loads(row[0]).get("cost_nano", 0)) for row in receipts)
+    count, told = int(receipts[0]), int(receipts[1])
     booked, estimated = int(spend[0]), int(spend[1])
     over = told - booked
     return [
@@ -70,7 +74,7 @@ def claims_of(
             "ledger-receipts",
             "every receipt since yesterday is in the books",
             over <= 0,
-            f"{told} nano-dollars on {len(receipts)} receipts, {booked} booked "
+            f"{told} nano-dollars on {count} receipts, {booked} booked "
             f"({estimated} of them estimated)",
             "the books were changed from outside, or restored: compare with the provider's bill"
             if over > 0

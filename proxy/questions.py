@@ -80,8 +80,8 @@ async def ask(api: Api, subject: str, body: Mapping[str, Any]) -> dict[str, Any]
             made = await api.answers.perform(asked, exchange)
         else:
             wanted = native.read_regenerate(raw)
-            asked, before = await api.answers.again(wanted, exchange)
-            made = await api.answers.perform(asked, exchange, None, before, wanted.request_id)
+            async with api.answers.again(wanted, exchange) as (asked, before):
+                made = await api.answers.perform(asked, exchange, None, before)
     except PipelineError as error:
         raise IntentdError(str(no_answer(error))) from None
     except ApiError as error:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable
@@ -126,6 +127,7 @@ class Api:
         self.cache_api = api
         self._routes["/v1/cache"] = ("GET PUT POST DELETE", api.handle)
         self.reading.followups = part.prefetcher.questions
+        part.prefetcher.receipt = self.receipt
 
         def take(word: Feedback) -> None:
             part.record_feedback(word.key_id, word.request_id, good=word.good)
@@ -288,11 +290,18 @@ class Api:
         if self.tracing is not None:
             self.tracing.record(exchange, self.engine.models)
 
+    def receipt(self, exchange: Exchange) -> None:
+        """What was spent without a client's request goes into the log only."""
+        exchange.total_s = self._clock.now() - exchange.started_s
+        exchange.model = exchange.model or exchange.steps[-1].model
+        exchange.outcome = exchange.outcome or exchange.steps[-1].outcome
+        self.log.keep(exchange)
+
     def _error(self, exchange: Exchange, error: ApiError) -> WholeResponse:
         exchange.status = error.status
         headers = answer_headers(exchange)
         if error.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         if error.allow:
             headers["Allow"] = error.allow
         if error.status == 401:

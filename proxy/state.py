@@ -58,6 +58,7 @@ class EmbeddedState:
     ) -> None:
         tasks.create_task(self.books.run(), name="ledger")
         tasks.create_task(self.turns.accepting.run(), name="conversations")
+        tasks.create_task(self.turns.run_purging(), name="conversations: purge")
         tasks.create_task(self._probe(), name="store probe")
 
     async def close(self) -> None:

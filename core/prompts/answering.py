@@ -57,6 +57,8 @@ class ModelSteps(Steps):
         if not models:
             raise InputError("model", stage.models.names or "any", "a model of the pool")
         up = without(self.env.down)(models)
+        if not up:  # whoever is only rate limited can be waited for
+            up = without(self.env.down - self.env.limited)(models)
         if not up:
             reason = f"{', '.join(m.name for m in models)} cooling down after failures"
             raise PipelineError(reason, 503, self.trace)
@@ -246,7 +248,9 @@ class ModelSteps(Steps):
         if isinstance(outcome, Reply):
             return outcome
         if isinstance(first, Reply) and not outcome.started:
-            self.trace.notes.append(f"model: {second.name} failed, the first answer stands")
+            self.trace.notes.append(
+                f"model: {second.name} failed, the first answer stands: {outcome.reason[:200]}"
+            )
             return first
         raise PipelineError(
             outcome.reason, outcome.status or 502, self.trace, started=outcome.started

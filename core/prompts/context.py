@@ -228,6 +228,18 @@ ALL: Final = LastK(None)
 NOTHING: Final = LastK(0)
 
 
+def newest_needed(filters: ContextFilter) -> int | None:
+    """How many of the most recent messages they look at; None: all there are."""
+    if isinstance(filters, LastK):
+        return filters.k
+    if isinstance(filters, Narrow):
+        return newest_needed(filters.filters[0])  # the others see what it keeps
+    if isinstance(filters, Union):
+        counts = [newest_needed(one) for one in filters.members]
+        return None if None in counts else max(count or 0 for count in counts)
+    return None
+
+
 def says_standalone(text: str) -> bool:
     """Whether the answer is clearly STANDALONE; anything else means the context stays."""
     words = [word.upper() for word in _WORD.findall(text)]

@@ -129,11 +129,14 @@ class StoreCache:
 class LoadContext:
     """The messages of a conversation, oldest first. Outcome: ContextLoaded.
 
-    without: message ids left out, such as the answer being replaced.
+    without: message ids left out, such as the answer being replaced. before: only those whose
+    sequence number is lower; 0: all. newest: so many of the last ones will do; None: all.
     """
 
     conversation: str
     without: tuple[str, ...] = ()
+    before: int = 0
+    newest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +237,10 @@ class CacheFound:
 
 @dataclass(frozen=True, slots=True)
 class ContextLoaded:
+    """available: messages of the conversation, where not all were asked for."""
+
     messages: tuple[Message, ...] = ()
+    available: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from intentd.core.errors import InputError
 
 MAX_DOUBLINGS: Final = 4
 MAX_COOLDOWN_FACTOR: Final = 12.0
+RATE_LIMITED: Final = "rate_limited"
+MAX_RETRY_AFTER_S: Final = 3600.0
 
 
 class HealthState(enum.Enum):
@@ -27,6 +29,9 @@ class ModelHealth:
 
     failures: in a row before it opens. cooldown_s: first wait; doubles with each failed probe up
     to MAX_COOLDOWN_FACTOR times. A provider's own retry-after prevails when it is longer.
+
+    A provider that limits the rate and says for how long is not failing: it is left alone for just
+    that (MAX_RETRY_AFTER_S at most), however often it says so, and then asked as before.
     """
 
     failures: int = 5
@@ -48,6 +53,10 @@ class ModelHealth:
         if self.state is HealthState.OPEN:
             if now < self.open_until:
                 return False
+            if self.reason == RATE_LIMITED and not self._opened:
+                self.state = HealthState.CLOSED
+                self.reason = ""
+                return True
             self.state = HealthState.HALF_OPEN
             self._probing_since = None
         if self._probing_since is not None and now - self._probing_since < self.cooldown_s:
@@ -72,9 +81,12 @@ class ModelHealth:
 
     def failed(self, now: float, reason: str, retry_after_s: float = 0.0) -> bool:
         """Count a failure; True when this one opened the circuit."""
+        retry_after_s = min(retry_after_s, MAX_RETRY_AFTER_S)
+        was = self.state
+        if reason == RATE_LIMITED and retry_after_s > 0:
+            return self._limited(now, retry_after_s)
         self.in_a_row += 1
         self.reason = reason
-        was = self.state
         if was is HealthState.OPEN:  # a call that was under way when it opened
             self.open_until = max(self.open_until, now + retry_after_s)
             return False
@@ -87,6 +99,18 @@ class ModelHealth:
         self.open_until = now + max(pause_s, retry_after_s)
         self.state = HealthState.OPEN
         self._opened += 1
+        self._probing_since = None
+        return True
+
+    def _limited(self, now: float, retry_after_s: float) -> bool:
+        was = self.state
+        if was is HealthState.OPEN:
+            self.open_until = max(self.open_until, now + retry_after_s)
+            return False
+        self.open_until = now + retry_after_s
+        self.state = HealthState.OPEN
+        self.reason = RATE_LIMITED
+        self.in_a_row = self._opened = 0  # it answered: whatever it failed by before is over
         self._probing_since = None
         return True
 

@@ -88,4 +88,4 @@ class _Run(CacheSteps):
             messages, self.request.prompt, self.trace.notes, small.name if small else ""
         )
         self.kept = yield from self.recording(steps)
-        self.trace.context_available = len(messages)
+        self.trace.context_available = self.available

@@ -41,7 +41,8 @@ MAX_ROUNDS: Final = 8
 class Previous:
     """The answer that is to be replaced. rounds: how often it has been regenerated before.
 
-    answered_by: the model of the last answer. cached: that answer was a stored one.
+    request_id: of the newest answer. answered_by: the best model that has answered the turn.
+    cached: the newest answer was a stored one. replaced: ids of the answers before it.
     """
 
     request_id: str
@@ -49,6 +50,15 @@ class Previous:
     answered_by: str = ""
     rounds: int = 0
     cached: bool = False
+    replaced: tuple[str, ...] = ()
+
+
+def best_of(names: Sequence[str], pool: ModelPool) -> str:
+    """The dearest of some models; the last of them where none is in the pool any more."""
+    known = [pool.get(name) for name in names if name in pool]
+    if not known:
+        return names[-1] if names else ""
+    return max(known, key=lambda model: model.cost_rank).name
 
 
 def regenerate(
@@ -77,7 +87,7 @@ def regenerate(
             made = replace(made, stages=(CacheStage("exact"), *made.stages))
     changed = replace(
         request,
-        replaces=(*request.replaces, previous.request_id),
+        replaces=(*request.replaces, *previous.replaced, previous.request_id),
         lookup=lookup,
         max_age_s=None,
         cached_only=False,

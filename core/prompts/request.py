@@ -47,12 +47,13 @@ def _rough_tokens(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Env:
-    """What a pipeline knows beside the request. down: models that cool off. routed: there is a
-    learned router to ask."""
+    """What a pipeline knows beside the request. down: models that cool off. limited: those of
+    them whose provider said when to come again. routed: there is a learned router to ask."""
 
     pool: ModelPool
     count_tokens: Callable[[str], int] = _rough_tokens
     down: frozenset[str] = frozenset()
+    limited: frozenset[str] = frozenset()
     routed: bool = False
     gate: Gate | None = None
     agreement: cascade.AgreementModel = cascade.PRIOR_AGREEMENT
@@ -68,7 +69,8 @@ class Request:
     cache is left alone, "" if it is not. lookup, store, max_age_s, cached_only: Cache-Control's
     no-cache, no-store, max-age and only-if-cached. floor: the least model by price (a second
     answer is never cheaper). replaces: ids of messages left out. needs: capabilities. warm: what
-    a provider holds of the conversation.
+    a provider holds of the conversation. before: the place of the turn in its conversation when
+    it is answered again; what came later is not its context. 0: the end.
     """
 
     prompt: str
@@ -88,6 +90,7 @@ class Request:
     replaces: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
     warm: Warm | None = None
+    before: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens <= 0:

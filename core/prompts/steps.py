@@ -11,6 +11,7 @@ from intentd.core.prompts.context import (
     chat_texts,
     fit_window,
     join_tool_results,
+    newest_needed,
 )
 from intentd.core.prompts.effects import (
     CallFailed,
@@ -26,7 +27,13 @@ from intentd.core.prompts.effects import (
 from intentd.core.prompts.metadata import Trace
 from intentd.core.prompts.models import Models, ModelSpec, named, without
 from intentd.core.prompts.request import Env, Request
-from intentd.core.prompts.service_types import CHEAPEST, ServiceType
+from intentd.core.prompts.service_types import (
+    CHEAPEST,
+    ContextStage,
+    ModelStage,
+    PrefetchStage,
+    ServiceType,
+)
 
 
 class Steps:
@@ -40,6 +47,7 @@ class Steps:
         self.env = env
         self.trace = Trace(service_type.name) if trace is None else trace
         self.loaded: Messages | None = None
+        self.available = 0
         self.kept: Messages | None = None
         self.called: tuple[ChatMessage, ...] = ()  # what a turn of tool results answers to
         self.updates = True
@@ -55,14 +63,37 @@ class Steps:
         if self.loaded is None:
             self.loaded = self.request.history
             if self.request.conversation and not self.request.history:
-                outcome = yield LoadContext(self.request.conversation, self.request.replaces)
-                if isinstance(outcome, ContextLoaded):
-                    self.loaded = outcome.messages
+                self.loaded = yield from self.stored()
             self.loaded = join_tool_results(self.loaded)
+            self.available = max(self.available, len(self.loaded))
             if self.loaded and begins_with_result(self.request.turn):
                 self.called = self.loaded[-1].as_chat()
                 self.loaded = self.loaded[:-1]
         return self.loaded
+
+    def stored(self) -> Generator[Effect, Outcome, Messages]:
+        """As many of the conversation's last messages as the filters look at."""
+        request = self.request
+        stage = self.type.stage(ContextStage)
+        later = self.type.stage(PrefetchStage) or self.type.stage(ModelStage).strategy == "fast"
+        least = newest_needed(stage.filters) if stage is not None and not later else None
+        if least is not None and begins_with_result(request.turn):
+            least += 1  # the call that this turn answers
+        wanted = least
+        while True:
+            outcome = yield LoadContext(
+                request.conversation, request.replaces, request.before, wanted
+            )
+            if not isinstance(outcome, ContextLoaded):
+                return ()
+            self.available = outcome.available
+            found = outcome.messages
+            if wanted is None or least is None or len(found) < wanted:
+                return found
+            joined = join_tool_results(found)  # a result and its call count as one
+            if len(joined) >= least and not (joined and begins_with_result(joined[0].chat)):
+                return found
+            wanted = 2 * wanted + 2
 
     def recording(
         self, steps: Generator[Effect, Outcome, Messages]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -80,6 +82,9 @@ class Prefetcher:
         self._busy = busy
         self._jobs: deque[_Job] = deque()
         self._wake = asyncio.Event()
+        self._numbers = itertools.count()
+        # what is done with the account of a request nobody asked for
+        self.receipt: Callable[[Exchange], None] = lambda _: None
         self._questions: OrderedDict[tuple[str, str], list[str]] = OrderedDict()
 
     def offer(
@@ -148,16 +153,15 @@ class Prefetcher:
         if not candidates:
             return "no_model"
         count = self.section.followups
-        reply = await self._performer.ask(
-            CallModel(
-                candidates[0].name,
-                followup_messages(effect.prompt, effect.response, count),
-                Purpose.FOLLOWUPS,
-                {"temperature": 0},
-                QUESTION_TOKENS,
-            ),
-            self._exchange(job),
+        call = CallModel(
+            candidates[0].name,
+            followup_messages(effect.prompt, effect.response, count),
+            Purpose.FOLLOWUPS,
+            {"temperature": 0},
+            QUESTION_TOKENS,
         )
+        with self._exchange(job) as exchange:
+            reply = await self._performer.ask(call, exchange)
         questions = parse_followups(reply.text, count) if isinstance(reply, Reply) else []
         history = (*effect.history, Message(effect.prompt, effect.response))
         place = (job.parent.key.key_id, job.parent.request_id)
@@ -186,14 +190,22 @@ class Prefetcher:
             stages=tuple(stage for stage in stages if stage is not None),
             max_tokens=max(base.max_tokens, job.asked.max_tokens),
         )
-        answer = await self._performer.run(made, request, self._exchange(job))
+        with self._exchange(job) as exchange:
+            answer = await self._performer.run(made, request, exchange)
         if answer.item is not None:
             return "done"  # it was there already
         return "done" if answer.text.strip() else "empty"
 
-    def _exchange(self, job: _Job) -> Exchange:
+    @contextlib.contextmanager
+    def _exchange(self, job: _Job) -> Iterator[Exchange]:
+        """An account of its own; what was spent on it has a receipt, however it ends."""
         parent = job.parent
-        return Exchange(
-            f"{parent.request_id}.prefetch", parent.key, self._clock.now(), self._clock.wall(),
-            "prefetch", parent.service_type, rules=parent.rules,
+        exchange = Exchange(
+            f"{parent.request_id}.prefetch.{next(self._numbers)}", parent.key, self._clock.now(),
+            self._clock.wall(), "prefetch", parent.service_type, rules=parent.rules,
         )  # fmt: skip
+        try:
+            yield exchange
+        finally:
+            if exchange.steps:
+                self.receipt(exchange)

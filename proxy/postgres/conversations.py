@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from intentd.core.prompts.effects import Message
@@ -21,12 +22,21 @@ from intentd.daemons.kit.clock import Clock
 from intentd.daemons.kit.postgres import Database
 from intentd.daemons.kit.store import StoreError
 from intentd.proxy.config import ConversationsSection
-from intentd.proxy.conversations import PRUNE_EVERY, REMEMBER_S, message_row, read_message
+from intentd.proxy.conversations import (
+    PRUNE_EVERY,
+    PURGE_EVERY_S,
+    REMEMBER_S,
+    message_row,
+    most_rows,
+    oldest_wall_s,
+    read_messages,
+)
 from intentd.proxy.errors import ApiError
 from intentd.proxy.store.base import Turn
 from intentd.proxy.store.grouped import Grouped
 
 CHANNEL: Final = "intentd_turns"
+LARGE_CHARS: Final = 1 << 18  # decoding more would hold other requests up
 _Place = tuple[str, str]
 
 # The row lock orders accepting and handing on: whoever comes second sees what the first did.
@@ -62,8 +72,16 @@ _HOLD: Final = (
     "FOR UPDATE"
 )
 _ADD_MESSAGE: Final = (
-    "INSERT INTO messages(key, conversation, sequence, message_id, prompt, response, chat, wall_s) "
-    "VALUES ($1, $2, $3, $4, $5, $6, $7, $8)"
+    "INSERT INTO messages(key, conversation, sequence, message_id, prompt, response, chat, wall_s, "
+    "size_bytes) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+)
+_FIND_MESSAGES: Final = (
+    "SELECT number FROM messages WHERE key = $1 AND conversation = $2 "
+    "AND message_id = ANY($3::text[])"
+)
+_REPLACE_MESSAGE: Final = (
+    "UPDATE messages SET message_id = $1, prompt = $2, response = $3, chat = $4, wall_s = $5, "
+    "size_bytes = $6 WHERE number = $7"
 )
 _REMOVE_MESSAGE: Final = (
     "DELETE FROM messages WHERE key = $1 AND conversation = $2 AND message_id = $3 RETURNING number"
@@ -79,6 +97,12 @@ _PRUNE_CONVERSATION: Final = (
     "DELETE FROM messages WHERE key = $1 AND conversation = $2 AND number <= ("
     "SELECT number FROM messages WHERE key = $1 AND conversation = $2 "
     "ORDER BY sequence DESC, number DESC LIMIT 1 OFFSET $3)"
+)
+_PRUNE_BYTES: Final = (
+    "DELETE FROM messages WHERE number IN (SELECT number FROM (SELECT number, "
+    "sum(size_bytes) OVER w AS held, row_number() OVER w AS place FROM messages "
+    "WHERE key = $1 AND conversation = $2 WINDOW w AS (ORDER BY sequence DESC, number DESC)) AS m "
+    "WHERE held > $3 AND place > 1)"
 )
 _PRUNE_MESSAGES: Final = (
     "DELETE FROM messages WHERE number <= (SELECT max(number) FROM messages) - $1"
@@ -146,33 +170,67 @@ class SharedConversations:
             if ticket.sequence:
                 self._hand_on(ticket)
 
-    async def load(self, key: str, conversation: str, without: Sequence[str] = ()) -> list[Message]:
+    async def load(
+        self,
+        key: str,
+        conversation: str,
+        without: Sequence[str] = (),
+        before: int = 0,
+        newest: int | None = None,
+    ) -> list[Message]:
         sql = (
             "SELECT message_id, prompt, response, chat FROM messages WHERE key = $1 "
-            "AND conversation = $2 ORDER BY sequence DESC, number DESC LIMIT $3"
+            "AND conversation = $2 AND ($4::bigint = 0 OR sequence < $4) AND wall_s >= $5 "
+            "ORDER BY sequence DESC, number DESC LIMIT $3"
         )
+        most = most_rows(self.section, newest, without)
+        if not most:
+            return []
+        oldest_s = oldest_wall_s(self.section, self._clock)
         try:
-            rows = await self._database.read(sql, key, conversation, self.section.max_messages)
+            rows = await self._database.read(sql, key, conversation, most, before, oldest_s)
         except StoreError as error:
             raise _away(error) from None
-        return [read_message(row) for row in reversed(rows) if row["message_id"] not in without]
+        if sum(len(row["chat"]) for row in rows) < LARGE_CHARS:
+            return read_messages(rows, without, newest)
+        return await asyncio.to_thread(read_messages, rows, without, newest)
 
-    async def append(self, turn: Turn, message: Message, replaces: Sequence[str]) -> None:
-        row = message_row(turn, message, self._clock.wall())
-        place = (turn.key, turn.conversation)
+    async def count(self, key: str, conversation: str) -> int:
+        sql = "SELECT count(*) AS n FROM messages WHERE key = $1 AND conversation = $2"
+        try:
+            (row,) = await self._database.read(sql, key, conversation)
+        except StoreError as error:
+            raise _away(error) from None
+        return int(row["n"])
+
+    async def run_purging(self) -> None:
+        """Forget what is too old, for ever."""
+        while True:
+            oldest_s = oldest_wall_s(self.section, self._clock)
+            with contextlib.suppress(StoreError):
+                async with self._database.transaction() as db:
+                    await db.execute("DELETE FROM messages WHERE wall_s < $1", oldest_s)
+            await self._clock.sleep(PURGE_EVERY_S)
+
+    async def append(
+        self, turn: Turn, message: Message, replaces: Sequence[str], place: int = 0
+    ) -> None:
+        at = replace(turn, sequence=place) if replaces else turn
+        row = message_row(at, message, self._clock.wall())
+        which = (turn.key, turn.conversation)
         self._appended += 1
         try:
             async with self._database.transaction() as db:
                 await self._hold(db, turn)
-                if replaces:
-                    await db.execute(
-                        "DELETE FROM messages WHERE key = $1 AND conversation = $2 "
-                        "AND message_id = ANY($3::text[])",
-                        *place,
-                        list(replaces),
-                    )
-                await db.execute(_ADD_MESSAGE, *row)
-                await db.execute(_PRUNE_CONVERSATION, *place, self.section.max_messages)
+                found = await db.fetch(_FIND_MESSAGES, *which, list(replaces)) if replaces else []
+                if found:
+                    first, *more = sorted(row["number"] for row in found)
+                    await db.execute(_REPLACE_MESSAGE, *row[3:], first)
+                    await db.execute("DELETE FROM messages WHERE number = ANY($1::bigint[])", more)
+                elif place or not replaces:
+                    await db.execute(_ADD_MESSAGE, *row)
+                await db.execute(_PRUNE_CONVERSATION, *which, self.section.max_messages)
+                await db.execute(_PRUNE_BYTES, *which, self.section.max_bytes)
                 if self._appended % PRUNE_EVERY == 0:
                     await db.execute(_PRUNE_MESSAGES, self.section.max_rows)
                     await db.execute(_PRUNE_CONVERSATIONS, self._clock.wall() - REMEMBER_S)

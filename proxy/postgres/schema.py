@@ -67,4 +67,10 @@ MIGRATIONS: Final = (
     ALTER TABLE requests ADD COLUMN client_id TEXT NOT NULL DEFAULT '';
     CREATE INDEX requests_client ON requests(client_id, key) WHERE client_id <> '';
     """,
+    """
+    ALTER TABLE messages ADD COLUMN size_bytes BIGINT NOT NULL DEFAULT 0;
+    UPDATE messages SET size_bytes = length(prompt) + length(response) + length(chat);
+    CREATE INDEX messages_order ON messages(key, conversation, sequence, number, size_bytes);
+    CREATE INDEX messages_wall ON messages(wall_s);
+    """,
 )

@@ -52,6 +52,11 @@ _WRITE_KEY: Final = (
     "RETURNING version"
 )
 
+_RECEIPTS: Final = (
+    "SELECT count(*), coalesce(sum((document::json ->> 'cost_nano')::bigint), 0) "
+    "FROM requests WHERE wall_s >= $1"
+)
+
 
 class SharedKeys:
     """The table of keys; a store.base.KeyTable. version: of the rows loaded last."""
@@ -139,6 +144,7 @@ class SharedState:
         tasks.create_task(self.books.run(), name="ledger")
         tasks.create_task(self.turns.accepting.run(), name="conversations: accept")
         tasks.create_task(self.turns.run_handing(), name="conversations: hand on")
+        tasks.create_task(self.turns.run_purging(), name="conversations: purge")
         tasks.create_task(self.rates.grouped.run(), name="rates")
         tasks.create_task(self._run(reload_keys), name="lease")
 
@@ -161,7 +167,7 @@ class SharedState:
                 await db.fetch(proof.ACCOUNTS),
                 await db.fetch(proof.RESERVATIONS),
                 await db.fetchrow(numbered(proof.SPEND), day),
-                await db.fetch(numbered(proof.RECEIPTS), since_s),
+                await db.fetchrow(_RECEIPTS, since_s),
             )
 
     def unready(self) -> list[str]:

@@ -149,11 +149,25 @@ class Turns(Protocol):
         Raises ApiError: 409 when the ones before take too long, 503 when the store is away.
         """
 
-    async def load(self, key: str, conversation: str, without: Sequence[str] = ()) -> list[Message]:
-        """Oldest first. Raises ApiError 503."""
+    async def load(
+        self,
+        key: str,
+        conversation: str,
+        without: Sequence[str] = (),
+        before: int = 0,
+        newest: int | None = None,
+    ) -> list[Message]:
+        """Oldest first. before: only those with lower sequence numbers. newest: so many of the
+        last ones. Raises ApiError 503."""
 
-    async def append(self, turn: Turn, message: Message, replaces: Sequence[str]) -> None:
-        """Durable when it returns; the replaced answers are gone.
+    async def count(self, key: str, conversation: str) -> int:
+        """Its messages. Raises ApiError 503."""
+
+    async def append(
+        self, turn: Turn, message: Message, replaces: Sequence[str], place: int = 0
+    ) -> None:
+        """Durable when it returns. With `replaces` the message takes the place of those answers;
+        where none of them is there, it goes to `place`, or nowhere when that is 0.
 
         Raises ApiError: 409 when the turn was taken away meanwhile, 503 when the store is away.
         """

@@ -66,6 +66,13 @@ MIGRATIONS: Final = (
     ALTER TABLE requests ADD COLUMN client_id TEXT NOT NULL DEFAULT '';
     CREATE INDEX requests_client ON requests(client_id, key) WHERE client_id <> '';
     """,
+    # Sizes beside the order: a message of megabytes is not read to be counted.
+    """
+    ALTER TABLE messages ADD COLUMN size_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE messages SET size_bytes = length(prompt) + length(response) + length(chat);
+    CREATE INDEX messages_order ON messages(key, conversation, sequence, number, size_bytes);
+    CREATE INDEX messages_wall ON messages(wall_s);
+    """,
 )
 
 FIND_REQUEST: Final = (
@@ -113,10 +120,30 @@ ACCEPT: Final = (
     "RETURNING last"
 )
 ADD_MESSAGE: Final = (
-    "INSERT INTO messages(key, conversation, sequence, message_id, prompt, response, chat, wall_s) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO messages(key, conversation, sequence, message_id, prompt, response, chat, wall_s, "
+    "size_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 REMOVE_MESSAGE: Final = "DELETE FROM messages WHERE key = ? AND conversation = ? AND message_id = ?"
+FIND_MESSAGE: Final = (
+    "SELECT number FROM messages WHERE key = ? AND conversation = ? AND message_id = ?"
+)
+REPLACE_MESSAGE: Final = (
+    "UPDATE messages SET message_id = ?, prompt = ?, response = ?, chat = ?, wall_s = ?, "
+    "size_bytes = ? WHERE number = ?"
+)
+LOAD_MESSAGES: Final = (
+    "SELECT message_id, prompt, response, chat FROM messages WHERE key = ?1 AND conversation = ?2 "
+    "AND (?3 = 0 OR sequence < ?3) AND wall_s >= ?5 "
+    "ORDER BY sequence DESC, number DESC LIMIT ?4"
+)
+COUNT_MESSAGES: Final = "SELECT count(*) FROM messages WHERE key = ? AND conversation = ?"
+PRUNE_BYTES: Final = (
+    "DELETE FROM messages WHERE number IN (SELECT number FROM (SELECT number, "
+    "sum(size_bytes) OVER w AS held, row_number() OVER w AS place FROM messages "
+    "WHERE key = ? AND conversation = ? WINDOW w AS (ORDER BY sequence DESC, number DESC)) "
+    "WHERE held > ? AND place > 1)"
+)
+PRUNE_OLD: Final = "DELETE FROM messages WHERE wall_s < ?"
 NAMES: Final = (
     "SELECT conversation, count(*) AS messages, min(wall_s) AS first_wall_s, "
     "max(wall_s) AS last_wall_s FROM messages WHERE key = ? AND conversation > ? "
@@ -134,7 +161,7 @@ PRUNE_FEEDBACK: Final = (
 PRUNE_CONVERSATION: Final = (
     "DELETE FROM messages WHERE key = ? AND conversation = ? AND number <= ("
     "SELECT number FROM messages WHERE key = ? AND conversation = ? "
-    "ORDER BY number DESC LIMIT 1 OFFSET ?)"
+    "ORDER BY sequence DESC, number DESC LIMIT 1 OFFSET ?)"
 )
 PRUNE_MESSAGES: Final = (
     "DELETE FROM messages WHERE number <= (SELECT max(number) FROM messages) - ?"

@@ -53,3 +53,16 @@ def test_retries_are_a_share_of_requests() -> None:
         budget.request()
     assert [budget.take() for _ in range(2)] == [True, False]
     assert not RetryBudget(share=0.0).take()
+
+
+def test_a_rate_limit_lasts_as_long_as_the_provider_says() -> None:
+    health = ModelHealth(failures=2, cooldown_s=5.0)
+    for start in (0.0, 1.0, 2.0, 3.0):
+        assert health.admit(start)
+        assert health.failed(start, "rate_limited", 1.0)
+        assert (health.wait_s(start), health.reason) == (1.0, "rate_limited")
+    assert health.admit(4.0)
+    assert health.admit(4.0), "nobody has to prove that it works"
+    assert health.state is HealthState.CLOSED
+    health.failed(5.0, "rate_limited", 1e9)
+    assert health.wait_s(5.0) == 3600.0

@@ -120,11 +120,15 @@ def _run_each(name: str, options: Any, out: Path | None, as_json: bool) -> list[
     from intentd.testbed import runner
 
     documents: list[dict[str, Any]] = []
+    for left_out in runner.check(name, options):
+        message(f"left out: {left_out}")
     for experiment in runner.names(name):
-        directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
+        own = runner.heeded(experiment, options)
         try:
+            runner.check_place(experiment, own)
+            directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
             results = asyncio.run(
-                runner.run_experiment(experiment, options, directory, _progress(experiment))
+                runner.run_experiment(experiment, own, directory, _progress(experiment))
             )
         except IntentdError as error:
             if name != "all":

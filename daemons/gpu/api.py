@@ -59,7 +59,7 @@ OPERATIONS: Final = (
               body=record("command", **_JOB_FIELDS), status=201, refusals=_LOST),
     Operation("GET", "/api/jobs", "list", "Jobs, newest first.",
               {"state": TEXT, "owner": TEXT, "name": TEXT, "label": TEXT, "before": _JOB,
-               "limit": number(1, MAX_PAGE)}, refusals=_LOST),
+               "array": _JOB, "limit": number(1, MAX_PAGE)}, refusals=_LOST),
     Operation("POST", "/api/jobs/predict", "predict", "Predict a job without submitting it.",
               body=record("", **_JOB_FIELDS), refusals=_LOST),
     Operation("GET", "/api/jobs/{job}", "show", "One job with its predictions.",
@@ -78,7 +78,7 @@ OPERATIONS: Final = (
               {"evict": {"enum": ["true", "false"]}, "undo": {"enum": ["true", "false"]}},
               refusals=_LOST),
 )  # fmt: skip
-_NUMBERS: Final = ("job", "limit", "before", "after", "offset")
+_NUMBERS: Final = ("job", "limit", "before", "after", "offset", "array")
 
 
 class Api:
@@ -89,11 +89,11 @@ class Api:
 
     def add_routes(self, app: web.Application) -> None:
         for row in OPERATIONS:
-            app.router.add_route(row.method, row.path, self._handler(row.name))
+            app.router.add_route(row.method, row.path, self._handler(row))
         for path in ("/openapi.json", "/api/openapi.json"):
             app.router.add_get(path, self._openapi)
 
-    def _handler(self, name: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _handler(self, row: Operation) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             service = self._service()
             if service is None:
@@ -102,7 +102,12 @@ class Api:
             caller = Caller(
                 known.name, trusted=known.role >= Role.ADMIN, operates=known.role >= Role.OPERATE
             )
+            name = row.name
             try:
+                for key in request.query:
+                    if key not in row.params:
+                        known = ", ".join(row.params) or "nothing"
+                        raise InputError(key[:80], request.query[key][:80], f"one of {known}")
                 args: dict[str, Any] = {
                     key: _value(key, value)
                     for key, value in (*request.query.items(), *request.match_info.items())
@@ -169,4 +174,8 @@ def _value(key: str, text: str) -> Any:
         return int(text)
     if key == "state":
         return text.split(",")
-    return text == "true" if key in ("evict", "undo") else text
+    if key in ("evict", "undo"):
+        if text not in ("true", "false"):
+            raise InputError(key, text[:80], "true or false")
+        return text == "true"
+    return text

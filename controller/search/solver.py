@@ -405,7 +405,8 @@ def _figure(value: object, where: str) -> float:
     """null stands for infinity, which JSON lacks."""
     if value is None:
         return math.inf
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (good and abs(value) <= sys.float_info.max):  # type: ignore[arg-type]  # just looked
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(where, value, "a number")
-    return float(value)  # type: ignore[arg-type]  # just looked
+    if not abs(value) <= sys.float_info.max:
+        raise InputError(where, value, "a finite number")
+    return float(value)

@@ -220,6 +220,7 @@ def list_jobs(
 ) -> None:
     """Jobs, newest first; says when there are more."""
     wanted = {"state": state or [], "owner": owner, "name": name, "label": label, "array": array}
+    page: dict[str, Any]
     if every:
         page = {"jobs": list(_every(wanted, before)), "next": 0}
     else:
@@ -284,7 +285,8 @@ def logs(
     client = admin_client("gpu")
     offset = -tail_bytes if tail_bytes else 0
     pieces: list[str] = []
-    dropped, until = 0, None
+    dropped = 0
+    until: int | None = None  # as much as there was at first
     while True:
         answer = client.call("jobs.logs", job=job, offset=offset)
         offset, dropped = answer["next"], dropped + answer["dropped"]

@@ -186,3 +186,12 @@ def test_files_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("check-config agent no.toml", capsys) == (
         "no.toml: file: got 'No such file or directory', expected a readable file"
     )
+
+
+def test_status_of_nothing_says_where_it_looked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(["status", "--json", "--run-dir", str(tmp_path)]) == ExitCode.UNREACHABLE
+    shown = capsys.readouterr()
+    assert shown.err == f"intentctl: no daemon answers in {tmp_path}\n"
+    assert shown.out.startswith("{")

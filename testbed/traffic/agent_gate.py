@@ -112,6 +112,9 @@ class AgentGate:
             return
         offer = None
         if self._board is not None:
+            if self._board.unsettled:
+                self._readable()  # the answer that says so may be there
+        if self._board is not None:
             offer = self._board.start(flow, size_bytes, self._domain, has_peer=False)
         flags = 0 if offer is None else _STARTED
         packet = _OPEN_PACKET.pack(

@@ -15,7 +15,14 @@ from aiohttp import web
 import intentd
 from intentd.core.errors import InputError
 from intentd.core.jobs.demand import MAX_GPUS
-from intentd.core.jobs.spec import MAX_ARRAY, MAX_COMMAND, MAX_GRACE_S, MAX_TRIALS, SIGNALS
+from intentd.core.jobs.spec import (
+    MAX_ARRAY,
+    MAX_COMMAND,
+    MAX_GRACE_S,
+    MAX_SIZE_GPU_S,
+    MAX_TRIALS,
+    SIGNALS,
+)
 from intentd.daemons.gpu.service import (
     MAX_LOG_BYTES,
     MAX_PAGE,
@@ -32,10 +39,15 @@ from intentd.daemons.kit.tokens import Role
 _JOB: Final = number(0, 2**53)
 _LABEL: Final = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"}
 _SECONDS: Final = {"type": "number", "minimum": 0}
+_LONG: Final = {**_SECONDS, "maximum": MAX_SIZE_GPU_S}
 _TABLE: Final = {
     "type": "object",
     "propertyNames": {"pattern": "^[1-9][0-9]{0,2}$"},
-    "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+    "additionalProperties": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": MAX_SIZE_GPU_S / 1000,
+    },
 }
 # core.jobs.spec says what each means, and refuses what does not fit together.
 _JOB_FIELDS: Final[dict[str, Any]] = {
@@ -47,10 +59,10 @@ _JOB_FIELDS: Final[dict[str, Any]] = {
     "min_gpus": number(1, MAX_GPUS), "max_gpus": number(1, MAX_GPUS),
     "demand": {"anyOf": [_TABLE, {"type": "object", "additionalProperties": _TABLE},
                          {"type": "null"}]},
-    "gpu_types": {"type": "array", "items": _LABEL}, "size_gpu_s": _SECONDS, "profile": TEXT,
+    "gpu_types": {"type": "array", "items": _LABEL}, "size_gpu_s": _LONG, "profile": TEXT,
     "speeds": {"type": "array", "items": _SECONDS}, "trials": number(1, MAX_TRIALS),
     "checkpoint_signal": {"enum": list(SIGNALS)}, "grace_s": {**_SECONDS, "maximum": MAX_GRACE_S},
-    "time_limit_s": _SECONDS, "retries": number(0, 100), "array_index": number(-1, MAX_ARRAY),
+    "time_limit_s": _LONG, "retries": number(0, 100), "array_index": number(-1, MAX_ARRAY),
     "array": number(0, MAX_ARRAY),
 }  # fmt: skip
 _LOST: Final = {404: "There is no such job or node.", 507: "The disk refuses: not accepted."}

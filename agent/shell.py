@@ -278,10 +278,14 @@ class GateShell:
         flags = wire.WELCOME_MARKS if self.can_mark else 0
         if any(domain.shaped for domain in self.domains.values()):
             flags |= wire.WELCOME_SHAPES
+        board = None
         if self._board is not None:
-            flags |= wire.WELCOME_BOARD
+            try:
+                board = self._board.descriptor()
+                flags |= wire.WELCOME_BOARD
+            except OSError as error:  # no descriptors left: this application asks
+                log.warning("no board for an application", extra={"reason": str(error)})
         welcome = wire.encode_welcome(request, self._boot, flags, self._max_flows)
-        board = None if self._board is None else self._board.descriptor()
         try:
             application.send(welcome, board)
         finally:

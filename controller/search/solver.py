@@ -297,9 +297,10 @@ def _unbeaten(values: Array, first: int) -> list[int]:
     kept = []
     for at in range(values.shape[1]):
         mine = values[:, at : at + 1]
-        beats = np.asarray(np.all(values <= mine, axis=(0, 2)) & np.any(values < mine, axis=(0, 2)))
+        below = np.any(values < mine, axis=(0, 2))
+        beats: list[bool] = np.logical_and(np.all(values <= mine, axis=(0, 2)), below).tolist()
         others = slice(first, None) if at < first else slice(0, first)
-        if finite[at] and not beats[others].any():
+        if finite[at] and not any(beats[others]):
             kept.append(at)
     return kept
 
@@ -375,7 +376,7 @@ def read_front(plain: object, where: str = "front") -> list[FrontPoint]:
     rows = plain.get("front") if isinstance(plain, dict) else None
     if not isinstance(rows, list):
         raise InputError(where, type(plain).__name__, 'a search result with a list "front"')
-    front = []
+    front: list[FrontPoint] = []
     for index, row in enumerate(rows):
         at = f"{where}[{index}]"
         if not isinstance(row, dict) or not isinstance(row.get("train"), dict):

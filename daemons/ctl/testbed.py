@@ -118,6 +118,7 @@ def run(
 def _run_each(name: str, options: Any, out: Path | None, as_json: bool) -> list[dict[str, Any]]:
     """One document an experiment; with all, one that fails leaves the others theirs."""
     from intentd.testbed import runner
+    from intentd.testbed.experiments.options import check_place
 
     documents: list[dict[str, Any]] = []
     for left_out in runner.check(name, options):
@@ -125,7 +126,7 @@ def _run_each(name: str, options: Any, out: Path | None, as_json: bool) -> list[
     for experiment in runner.names(name):
         own = runner.heeded(experiment, options)
         try:
-            runner.check_place(experiment, own)
+            check_place(experiment, own)
             directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
             results = asyncio.run(
                 runner.run_experiment(experiment, own, directory, _progress(experiment))

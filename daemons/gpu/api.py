@@ -118,8 +118,8 @@ class Api:
             try:
                 for key in request.query:
                     if key not in row.params:
-                        known = ", ".join(row.params) or "nothing"
-                        raise InputError(key[:80], request.query[key][:80], f"one of {known}")
+                        taken = ", ".join(row.params) or "nothing"
+                        raise InputError(key[:80], request.query[key][:80], f"one of {taken}")
                 args: dict[str, Any] = {
                     key: _value(key, value)
                     for key, value in (*request.query.items(), *request.match_info.items())

@@ -293,7 +293,7 @@ class PreferenceSolver:
 def _unbeaten(values: Array, first: int) -> list[int]:
     """Of two groups, the first so many and the others: who is not dominated by one of the other
     group in every history. values: (histories, candidates, objectives)."""
-    finite: list[bool] = np.isfinite(values).all(axis=2).all(axis=0).tolist()
+    finite = [bool(np.isfinite(values[:, at]).all()) for at in range(values.shape[1])]
     kept = []
     for at in range(values.shape[1]):
         mine = values[:, at : at + 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,7 @@ def test_conversations_keep_their_order_over_two_processes(postgres: Postgres) -
 
 
 async def test_an_abandoned_turn_passes_on_and_its_holder_is_fenced(postgres: Postgres) -> None:
-    clock = ManualClock()
+    clock = ManualClock(wall_s=time.time())  # of one day with the other proxy's
     async with peer(postgres, "a") as gone, peer(postgres, "b", clock=clock) as heir:
         async with contextlib.AsyncExitStack() as stack:
             turn = await stack.enter_async_context(gone.state.turns.turn("k", "c"))

@@ -132,6 +132,11 @@ class ControllerProcess:
         if number is signal.SIGKILL:
             self._process.wait()
 
+    def ended(self) -> int:
+        """Its exit status, waited for."""
+        assert self._process is not None
+        return self._process.wait(120)
+
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.send(signal.SIGCONT)

@@ -1,11 +1,14 @@
-"""Small files that must survive a crash whole."""
+"""Small files that must survive a crash whole, and the directories they live in."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
+
+from intentd.core.errors import IntentdError
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -37,3 +40,17 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def prepare_directory(path: Path, mode: int) -> None:
+    """Make a directory; one in a shared place (/tmp) must be ours alone. Raises IntentdError."""
+    try:
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(mode)
+        found = path.stat(follow_symlinks=False)
+    except OSError as error:
+        raise IntentdError(f"cannot make directory {path}: {error.strerror}") from None
+    parent = path.parent.stat()
+    if parent.st_mode & stat.S_ISVTX and found.st_uid not in (0, os.geteuid()):
+        raise IntentdError(f"{path}: owned by uid {found.st_uid}, expected this user's directory")

@@ -14,7 +14,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -114,6 +114,8 @@ class PostgresStore:
         self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
         self._failure = ""
+        self._closing = False
+        self._asked: Future[Any] | None = None  # what the database has not answered yet
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[PostgresStore]:
@@ -167,7 +169,12 @@ class PostgresStore:
                 pass
 
     def close(self) -> None:
-        """Ends the connection; the thread is its owner's."""
+        """Ends the connection; the thread is its owner's. What still waits for the database gets
+        StoreError now: one that stands still would hold the end of the daemon up."""
+        self._closing = True
+        asked = self._asked
+        if asked is not None:
+            asked.cancel()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -177,7 +184,15 @@ class PostgresStore:
     # -- in the thread -------------------------------------------------------------------------
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._thread.wait(work)
+        self._asked = asked = self._thread.begin(work)
+        if self._closing:
+            asked.cancel()
+        try:
+            return asked.result()
+        except CancelledError:
+            raise StoreError("store: closed") from None
+        finally:
+            self._asked = None
 
     async def _execute(self, sql: str, parameters: Sequence[Any]) -> _Rows:
         try:

@@ -238,6 +238,40 @@ async def test_the_standby_takes_over_whatever_happens_to_the_leader(
         assert lab.link.policies()["flows"][1] >= issued
 
 
+@pytest.mark.parametrize("leads", [True, False])
+async def test_a_controller_stops_in_order_though_the_database_stands_still(
+    postgres: Postgres, tmp_path: Path, leads: bool
+) -> None:
+    """Every process of the server is stopped, in the middle of the controller's writes."""
+    one = ControllerProcess(tmp_path, "c0", postgres.url, 1.0)
+    one.start()
+    asked: list[asyncio.Task[Any]] = []
+    try:
+        async with asyncio.timeout(60):
+            while await one.state() != "leading":  # noqa: ASYNC110  of another process
+                await asyncio.sleep(0.05)
+            for pid in postgres.pids():
+                os.kill(pid, signal.SIGSTOP)
+            document = {"domain": "eth0", "max_wait": 3}
+            asked += [
+                asyncio.create_task(one.admin.acall("policy_set", document=document))
+                for _ in range(3)
+            ]
+            while not leads and "leads no more" not in one.log.read_text():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        one.send(signal.SIGTERM)
+        code = await asyncio.to_thread(one.ended)
+    finally:
+        for pid in postgres.pids():
+            os.kill(pid, signal.SIGCONT)
+        one.end()
+        await asyncio.gather(*asked, return_exceptions=True)
+    log = one.log.read_text()
+    assert code == 0, log
+    assert "took too long" not in log
+    assert "crashed" not in log
+
+
 async def test_a_second_controller_on_one_state_directory_is_refused(tmp_path: Path) -> None:
     first = ControllerProcess(tmp_path, "c0", "", 2.0)
     first.start()

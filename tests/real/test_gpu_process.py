@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -208,6 +209,34 @@ async def test_a_lost_supervisor_takes_its_command_along_and_the_job_runs_again(
     assert "lost 2 times, retries 1" in shown["detail"]
     assert len(pids := (gpu.work / "pids").read_text().split()) == 4
     assert not [pid for pid in pids if alive(pid)]
+
+
+async def test_the_doctor_sees_a_queue_that_differs_and_a_run_without_supervisor(gpu: Gpu) -> None:
+    """Each is broken behind the daemon's back, and mended."""
+
+    async def claims() -> dict[str, tuple[bool, str]]:
+        found = (await gpu.ask("prove"))["claims"]
+        return {claim["check"]: (claim["holds"], claim["evidence"]) for claim in found}
+
+    job = await gpu.submit("sleep", "60")
+    await gpu.until(job, lambda shown: shown["state"] == "running")
+    good = {"gpu-queue": (True, "1 jobs"), "gpu-processes": (True, "1 running")}
+    assert await claims() == good
+    with contextlib.closing(sqlite3.connect(gpu.base / "state" / "gpu.sqlite")) as store:
+        for over, holds in ((1, False), (0, True)):
+            with store:
+                store.execute("UPDATE jobs SET over = ? WHERE id = ?", (over, job))
+            assert (await claims())["gpu-queue"] == (
+                holds,
+                "1 jobs" if holds else f"differ: job {job}",
+            )
+    claim = gpu.base / "state" / "jobs" / str(job) / "1" / "claim"
+    written = claim.read_text()
+    who = json.loads(written)
+    claim.write_text(json.dumps({**who, "start_ticks": who["start_ticks"] + 1}))  # another process
+    assert (await claims())["gpu-processes"] == (False, f"no process: job {job}")
+    claim.write_text(written)
+    assert await claims() == good
 
 
 async def test_cancel_time_limit_failure_and_output(gpu: Gpu) -> None:

@@ -131,7 +131,10 @@ class Board:
 
     def _locked(self, word: int) -> bool:
         asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 2 * word, 2, 0)
-        found = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked)
+        try:
+            found = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked)
+        except OSError:  # then nobody has got such a lock either
+            return False
         return bool(_LOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
     def show(self, domain: Domain) -> None:

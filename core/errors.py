@@ -7,6 +7,18 @@ class IntentdError(Exception):
     """Root of every error the suite raises on purpose."""
 
 
+MAX_SHOWN = 400
+
+
+def _shown(value: object) -> str:
+    """As Python writes it, cut short: what comes from outside may be of any length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a nest of lists
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
 class InputError(IntentdError, ValueError):
     """Something that came from outside is wrong.
 
@@ -18,7 +30,7 @@ class InputError(IntentdError, ValueError):
         self.field = field
         self.value = value
         self.expected = expected
-        text = f"{field}: got {value!r}, expected {expected}"
+        text = f"{field}: got {_shown(value)}, expected {expected}"
         super().__init__(text.encode(errors="backslashreplace").decode())  # what can be sent
 
 

@@ -14,6 +14,7 @@ from intentd.core.flows.classes import policy_from_sample
 from intentd.core.flows.policies import POLICIES
 from intentd.core.flows.policy import DomainPolicy
 from intentd.core.flows.workloads import parse_cdf, workload
+from intentd.daemons.kit.files import read_text
 from intentd.testbed.traffic.trace import Workload
 
 # Factors on the sizes at which a 1 Gb/s link sees about a hundred flows a second at 80 % load.
@@ -25,6 +26,7 @@ SCALES: Final = {
     "uniform": 0.1,
     "uniform-chapter": 0.1,
 }
+MAX_CDF_BYTES: Final = 16 << 20
 OTHERS_MEAN_BYTES: Final = 1e6
 SAMPLES: Final = 10_000  # Algorithm 1 settles heavy tails with so many
 SAMPLE_SEED: Final = 20_000  # far from the seeds of traces: nobody learns from its own run
@@ -35,10 +37,7 @@ def scaled_workload(name: str, scale: float | None = None) -> Workload:
     """A named workload, or a CDF file's, times its factor. Raises InputError."""
     path = Path(name)
     if path.suffix in (".csv", ".cdf") or path.is_file():
-        try:
-            cdf = parse_cdf(path.read_text(), name)
-        except OSError as error:
-            raise InputError("workload", name, f"a readable CDF file ({error.strerror})") from None
+        cdf = parse_cdf(read_text(path, "workload", MAX_CDF_BYTES), name)
         factor = OTHERS_MEAN_BYTES / cdf.mean_bytes if scale is None else scale
         return Workload(path.stem, cdf.quantile, cdf.mean_bytes, _checked(factor))
     found = workload(name)

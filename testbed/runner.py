@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from intentd.core.errors import InputError
-from intentd.testbed.experiments.options import EXPERIMENTS, Options
+from intentd.testbed.experiments.options import (
+    EXPERIMENTS,
+    Options,
+    check_place,
+    check_values,
+    not_taken,
+)
 from intentd.testbed.metrics import METRICS
 from intentd.testbed.playing import Progress
 from intentd.testbed.report import write_report
 from intentd.testbed.results import Results, over_seeds, save
+from intentd.testbed.results import load as load_results
 
 RESULTS_DIR: Final = Path("results")
 LATE_S: Final = 0.5e-3
@@ -44,12 +53,42 @@ def new_directory(name: str, parent: Path = RESULTS_DIR) -> Path:
     raise InputError("directory", str(parent), "room for one more run")
 
 
+def check(name: str, options: Options) -> list[str]:
+    """Before anything starts: what the experiments leave out. Raises InputError.
+
+    For all, what one of them does not take is left out of that one and said; for one it is refused.
+    """
+    check_values(options)
+    refused = {one: not_taken(one, options) for one in names(name)}
+    if name != "all":
+        for error in refused[names(name)[0]].values():
+            raise error
+        check_place(names(name)[0], options)
+    return [str(error) for errors in refused.values() for error in errors.values()]
+
+
+def heeded(name: str, options: Options) -> Options:
+    """Without what the experiment does not take."""
+    own = Options()
+    return replace(options, **{field: getattr(own, field) for field in not_taken(name, options)})
+
+
 async def run_experiment(
     name: str, options: Options, directory: Path, progress: Progress
 ) -> Results:
-    """Run, save, draw the report. Runs are saved one by one, so a failure loses only its own."""
+    """Run, save, draw the report. Runs are saved one by one, so a failure loses only its own: the
+    report then shows those that were measured, and says what ended them."""
+    check_place(name, options)
     module = importlib.import_module(f"intentd.testbed.experiments.{name}")
-    results: Results = await module.run(options, directory, progress)
+    try:
+        results: Results = await module.run(options, directory, progress)
+    except Exception as error:
+        with contextlib.suppress(InputError):  # nothing was measured
+            results = await asyncio.to_thread(load_results, directory)
+            why = f"{type(error).__name__}: {error}"
+            results.notes.append(f"Ended early, with {len(results.runs)} runs: {why:.500}")
+            await asyncio.to_thread(_save_and_draw, results, directory)
+        raise
     late = [run for run in results.runs if run.arrival_lag_s > LATE_S]
     if late:
         results.notes.append(
@@ -57,10 +96,14 @@ async def run_experiment(
             f"{LATE_S * 1e3:g} ms late on average: the machine was busy with something else, and "
             "their figures are worth little."
         )
-    await asyncio.to_thread(save, results, directory)
     progress("drawing the report")
-    await asyncio.to_thread(write_report, directory)
+    await asyncio.to_thread(_save_and_draw, results, directory)
     return results
+
+
+def _save_and_draw(results: Results, directory: Path) -> None:
+    save(results, directory)
+    write_report(directory)
 
 
 def summary(results: Results, directory: Path) -> dict[str, Any]:

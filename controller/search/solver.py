@@ -7,6 +7,8 @@ population; then it is measured on a test history the search never saw.
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ from intentd.core.jobs.search_space import (
     make_space,
     nondominated,
 )
+from intentd.core.sim.failures import to_plain as failures_to_plain
+from intentd.core.sim.jobs import Failure
 
 Array = NDArray[np.float64]
 ALGORITHMS: Final = ("spea2", "nsga2")
@@ -122,12 +126,14 @@ class PreferenceSolver:
         integral: bool = True,
         predictions: float = 1.0,
         judge: Sequence[JobTable] = (),
+        failures: Sequence[Failure] = (),
     ) -> None:
         if not train:
             raise InputError("history", 0, "at least one training history")
         self.gpus, self.train, self.test = gpus, tuple(train), tuple(test)
         self.judge = tuple(judge) or self.train
         self.costs, self.integral, self.predictions = costs, integral, predictions
+        self.failures = tuple(failures)
         self.objectives: tuple[Objective, ...] = (Objective("jct"), Objective("prederr"))
         self.front: list[FrontPoint] = []
 
@@ -166,7 +172,14 @@ class PreferenceSolver:
         chosen = make_space(space, sizes, integral=self.integral)
         sides = [side for side in (self.train, self.test) if side]
         evaluators = [
-            Evaluator(side, self.gpus, self.objectives, self.costs, self.predictions)
+            Evaluator(
+                side,
+                self.gpus,
+                self.objectives,
+                self.costs,
+                self.predictions,
+                failures=self.failures,
+            )
             for side in (*sides, *((history,) for history in self.judge))
         ]
         pool = open_pool(evaluators, chosen, workers=workers, ray=ray)
@@ -193,6 +206,8 @@ class PreferenceSolver:
             "offspring": OFFSPRING,
             "integral": self.integral,
             "predictions": self.predictions,
+            "costs": {name: getattr(self.costs, name) for name in Costs.__slots__},
+            "failures": failures_to_plain(self.failures),
             "train": [len(history) for history in self.train],
             "test": [len(history) for history in self.test],
         }
@@ -278,13 +293,14 @@ class PreferenceSolver:
 def _unbeaten(values: Array, first: int) -> list[int]:
     """Of two groups, the first so many and the others: who is not dominated by one of the other
     group in every history. values: (histories, candidates, objectives)."""
-    finite = np.isfinite(values).all(axis=(0, 2))
+    finite = [bool(np.isfinite(values[:, at]).all()) for at in range(values.shape[1])]
     kept = []
     for at in range(values.shape[1]):
         mine = values[:, at : at + 1]
-        beats = np.asarray(np.all(values <= mine, axis=(0, 2)) & np.any(values < mine, axis=(0, 2)))
+        below = np.any(values < mine, axis=(0, 2))
+        beats: list[bool] = np.logical_and(np.all(values <= mine, axis=(0, 2)), below).tolist()
         others = slice(first, None) if at < first else slice(0, first)
-        if finite[at] and not beats[others].any():
+        if finite[at] and not any(beats[others]):
             kept.append(at)
     return kept
 
@@ -360,12 +376,38 @@ def read_front(plain: object, where: str = "front") -> list[FrontPoint]:
     rows = plain.get("front") if isinstance(plain, dict) else None
     if not isinstance(rows, list):
         raise InputError(where, type(plain).__name__, 'a search result with a list "front"')
-    front = []
+    front: list[FrontPoint] = []
     for index, row in enumerate(rows):
         at = f"{where}[{index}]"
         if not isinstance(row, dict) or not isinstance(row.get("train"), dict):
             raise InputError(at, row, "a point with config, train and test")
         policy = from_plain(row.get("config"), f"{at}.config")
-        x = tuple(float(value) for value in row.get("x", ()))
-        front.append(FrontPoint(policy, x, dict(row["train"]), dict(row.get("test") or {})))
+        point = row.get("x", [])
+        if not isinstance(point, list):
+            raise InputError(f"{at}.x", point, "a list of numbers")
+        x = tuple(_figure(value, f"{at}.x[{n}]") for n, value in enumerate(point))
+        train = _figures(row["train"], f"{at}.train")
+        test = _figures(row.get("test") or {}, f"{at}.test")
+        if list(train) != list(front[0].train if front else train) or len(train) < 2:
+            raise InputError(f"{at}.train", list(train), "two or more objectives, as other points")
+        if test and set(test) != set(train):
+            raise InputError(f"{at}.test", list(test), "the objectives of train")
+        front.append(FrontPoint(policy, x, train, test))
     return front
+
+
+def _figures(value: object, where: str) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise InputError(where, value, "a table of objectives")
+    return {str(name): _figure(figure, f"{where}.{name}") for name, figure in value.items()}
+
+
+def _figure(value: object, where: str) -> float:
+    """null stands for infinity, which JSON lacks."""
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(where, value, "a number")
+    if not abs(value) <= sys.float_info.max:
+        raise InputError(where, value, "a finite number")
+    return float(value)

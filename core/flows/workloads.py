@@ -15,6 +15,7 @@ from typing import Final
 from intentd.core.errors import InputError
 
 MAX_POINTS: Final = 100_000
+MAX_SIZE_BYTES: Final = 1e18  # their squares, and sums of those, are far from a float's end
 HEADER: Final = "size_bytes,cdf"
 _END_TOLERANCE: Final = 1e-9
 
@@ -23,7 +24,7 @@ _END_TOLERANCE: Final = 1e-9
 class SizeCdf:
     """Cumulative distribution of flow sizes.
 
-    sizes_bytes: never falling, >= 0, the last > 0. shares: never falling, in 0..1, the last 1.
+    sizes_bytes: never falling, 0 to 1e18, the last > 0. shares: never falling, in 0..1, the last 1.
     Two points of the same size are an atom (data mining: 10 % of the flows are exactly 180 B);
     a first share above 0 is an atom too. Raises InputError naming the point.
     """
@@ -141,8 +142,11 @@ def _check_points(sizes: Sequence[float], shares: Sequence[float]) -> None:
         raise InputError("cdf", f"{len(sizes)} points", f"at most {MAX_POINTS} points")
     before_size = before_share = 0.0
     for index, (size, share) in enumerate(zip(sizes, shares, strict=True)):
-        if not (math.isfinite(size) and size >= 0):
-            raise InputError(f"cdf[{index}].size_bytes", size, "a finite number of bytes >= 0")
+        if not 0 <= size <= MAX_SIZE_BYTES:
+            most = f"{MAX_SIZE_BYTES:g}"
+            raise InputError(
+                f"cdf[{index}].size_bytes", size, f"a number of bytes from 0 to {most}"
+            )
         if not 0.0 <= share <= 1.0 + _END_TOLERANCE:
             raise InputError(f"cdf[{index}].cdf", share, "a share in 0 to 1")
         if size < before_size:

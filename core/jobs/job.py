@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from intentd.core.jobs.spec import JobSpec, spec_from_plain, spec_to_plain
+from intentd.core.jobs.spec import (
+    MAX_SIZE_GPU_S,
+    JobSpec,
+    spec_from_plain,
+    spec_to_plain,
+    within_bounds,
+)
 
 
 class State(enum.Enum):
@@ -138,7 +144,8 @@ def job_to_plain(job: Job) -> dict[str, Any]:
 
 def job_from_plain(plain: Mapping[str, Any]) -> Job:
     fields_ = dict(plain)
-    fields_["spec"] = spec_from_plain(fields_["spec"])
+    fields_["spec"] = spec_from_plain(within_bounds(fields_["spec"]))
+    fields_["size_gpu_s"] = min(fields_["size_gpu_s"], MAX_SIZE_GPU_S)
     fields_["state"] = State(fields_["state"])
     fields_["devices"] = {node: tuple(at) for node, at in fields_["devices"].items()}
     fields_["steps"] = tuple(fields_["steps"])

@@ -435,20 +435,29 @@ class Predictor:
         self.calibrator.finished(job, at_s)
 
     def what_if(
-        self, snapshot: Snapshot, keys: Sequence[Hashable], candidate: JobTable, owner: int = -1
+        self,
+        snapshot: Snapshot,
+        keys: Sequence[Hashable],
+        candidate: JobTable,
+        owner: int = -1,
+        count: int = 1,
     ) -> WhatIf:
-        """Plays the cluster out with and without one more job; nothing is recorded.
+        """Plays the cluster out with and without one more job, or count of it at once, of which the
+        last to end is predicted; nothing is recorded.
 
         candidate: one job, its speeds among the snapshot's tables (see allocator.table_of).
         owner: index of its owner's quota.
         """
         if len(candidate) != 1:
             raise InputError("candidate", len(candidate), "one job")
-        after = snapshot.with_job(candidate, owner).play_out()
+        joined = snapshot
+        for _ in range(count):
+            joined = joined.with_job(candidate, owner)
+        after = joined.play_out()
         before = snapshot.play_out() if len(keys) else np.zeros(0)
-        delays = dict(zip(keys, (after[:-1] - before).tolist(), strict=True))
+        delays = dict(zip(keys, (after[:-count] - before).tolist(), strict=True))
         size = float(candidate.sizes_gpu_s[0])
-        bounds = self.calibrator.again(snapshot.now_s, float(after[-1]), size)
+        bounds = self.calibrator.again(snapshot.now_s, float(after[-count:].max()), size)
         return WhatIf(_absolute("", snapshot.now_s, bounds, "what if"), delays)
 
     @staticmethod

@@ -18,7 +18,7 @@ from intentd.core.errors import InputError, PolicyError
 from intentd.core.jobs.allocator import JobTable
 from intentd.core.jobs.metrics import Measured, Objective
 from intentd.core.jobs.policy import FREE, Costs, JobsPolicy, wfq
-from intentd.core.sim.jobs import Options, simulate
+from intentd.core.sim.jobs import Failure, Options, simulate
 
 Array = NDArray[np.float64]
 SPACES: Final = ("wfq", "direct")
@@ -165,6 +165,7 @@ class Evaluator:
     costs: Costs = FREE
     predictions: float = 1.0
     artifact: bool = False
+    failures: tuple[Failure, ...] = ()
 
     def __call__(self, policy: JobsPolicy) -> tuple[float, ...]:
         """One value an objective; infinite where the policy cannot be made."""
@@ -175,7 +176,11 @@ class Evaluator:
 
     def values(self, policy: JobsPolicy, history: JobTable, seed: int = 0) -> Array:
         options = Options(
-            predictions=self.predictions, seed=seed, costs=self.costs, artifact=self.artifact
+            predictions=self.predictions,
+            seed=seed,
+            costs=self.costs,
+            artifact=self.artifact,
+            failures=self.failures,
         )
         measured: Measured = simulate(history, policy, self.gpus, options).measured
         return np.array([objective.of(measured) for objective in self.objectives])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import signal
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ MAX_LABELS: Final = 32
 MAX_TRIALS: Final = 10_000
 MAX_ARRAY: Final = 1000
 MAX_GRACE_S: Final = 3600.0
+MAX_SIZE_GPU_S: Final = 1e12  # 30,000 years of a GPU; sums of many still are times
+MAX_TIME_S: Final = 1e12
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
 _PLACE: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}(/[1-9][0-9]{0,3})?\Z")
@@ -130,7 +131,7 @@ def spec_from_plain(
     max_gpus = _whole(given, "max_gpus", default_most, 1, MAX_GPUS)
     if max_gpus < min_gpus:
         raise InputError("max_gpus", max_gpus, f"at least min_gpus ({min_gpus})")
-    size = _seconds(given, "size_gpu_s", 0.0, math.inf)
+    size = _seconds(given, "size_gpu_s", 0.0, MAX_SIZE_GPU_S)
     if (table or by) and size:
         raise InputError("size_gpu_s", size, "demand or size_gpu_s, not both")
     profile, speeds = _profile(given, profiles or {})
@@ -155,13 +156,33 @@ def spec_from_plain(
         trials=_whole(given, "trials", 1, 1, MAX_TRIALS),
         checkpoint_signal=chosen,
         grace_s=_seconds(given, "grace_s", 30.0, MAX_GRACE_S),
-        time_limit_s=_seconds(given, "time_limit_s", 0.0, math.inf),
+        time_limit_s=_seconds(given, "time_limit_s", 0.0, MAX_TIME_S),
         retries=_whole(given, "retries", 3, 0, 100),
         labels=_labels(given.get("labels") or {}),
         array_index=_whole(given, "array_index", -1, -1, MAX_ARRAY),
     )
     spec.function(1.0)
     return spec
+
+
+def within_bounds(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored job as a version without bounds on times took it: what is longer is cut to them."""
+    kept = dict(plain)
+    for name, most in (("size_gpu_s", MAX_SIZE_GPU_S), ("time_limit_s", MAX_TIME_S)):
+        if name in kept:
+            kept[name] = min(kept[name], most)
+    if kept.get("demand"):
+        kept["demand"] = {
+            name: {at: _cut(at, s) for at, s in seconds.items()}
+            if isinstance(seconds, Mapping)
+            else _cut(name, seconds)
+            for name, seconds in kept["demand"].items()
+        }
+    return kept
+
+
+def _cut(gpus: str, seconds: float) -> float:
+    return min(seconds, MAX_SIZE_GPU_S / int(gpus))
 
 
 def signal_number(spec: JobSpec) -> int:
@@ -178,8 +199,7 @@ def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: in
 def _seconds(given: Mapping[str, Any], name: str, default: float, high: float) -> float:
     value = given.get(name, default)
     if not (is_finite(value) and 0 <= value <= high):
-        limit = f"from 0 to {high:g}" if math.isfinite(high) else ">= 0"
-        raise InputError(name, value, f"a finite number {limit}")
+        raise InputError(name, value, f"a number from 0 to {high:g}")
     return float(value)
 
 
@@ -276,11 +296,14 @@ def _demand(value: object) -> dict[int, float]:
         raise InputError("demand", value, "a table {GPUs: seconds} with at least one entry")
     table: dict[int, float] = {}
     for gpus, seconds in value.items():
-        at = int(str(gpus)) if _COUNT.match(str(gpus)) else 0
+        at = gpus if isinstance(gpus, int) and not isinstance(gpus, bool) else 0
+        if isinstance(gpus, str) and _COUNT.match(gpus):
+            at = int(gpus)
         if not 1 <= at <= MAX_GPUS:
             raise InputError("demand", gpus, f"a number of GPUs from 1 to {MAX_GPUS}")
-        if not (is_finite(seconds) and seconds > 0):
-            raise InputError(f"demand[{at}]", seconds, "a finite number > 0")
+        if not (is_finite(seconds) and 0 < seconds <= MAX_SIZE_GPU_S / at):
+            most = f"{MAX_SIZE_GPU_S:g} GPU seconds"
+            raise InputError(f"demand[{at}]", seconds, f"a number > 0, at most {most}")
         table[at] = float(seconds)
     return table
 
@@ -288,17 +311,18 @@ def _demand(value: object) -> dict[int, float]:
 def _profile(
     given: Mapping[str, Any], profiles: Mapping[str, tuple[float, ...]]
 ) -> tuple[str, tuple[float, ...]]:
-    name = given.get("profile", "")
+    name, table = given.get("profile", ""), given.get("speeds")
+    if not isinstance(name, str):
+        raise InputError("profile", name, "the name of a profile")
+    if table is not None and (not isinstance(table, (list, tuple)) or len(table) > MAX_GPUS + 1):
+        raise InputError("speeds", table, f"a list of speeds at 0, 1, ... GPUs, to {MAX_GPUS}")
+    if not name and table:
+        raise InputError("speeds", table, "profile, its name, beside it; or demand")
     if not name:
         return "", ()
     if given.get("demand") is not None:
         raise InputError("profile", name, "demand or profile, not both")
-    if not isinstance(name, str):
-        raise InputError("profile", f"{name!r:.80}", "a name")
-    listed = given.get("speeds") or profiles.get(name) or ()
-    if not isinstance(listed, (list, tuple)):
-        raise InputError("speeds", f"{listed!r:.80}", "a list of numbers")
-    speeds = tuple(listed)
+    speeds = tuple(table or profiles.get(name) or ())
     if not speeds:
         raise InputError("profile", name, f"one of {', '.join(sorted(profiles)) or 'none known'}")
     for at, speed in enumerate(speeds):

@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
@@ -144,6 +144,8 @@ def read_philly(text: str, first: int | None = None) -> JobTable:
     """
     try:
         log = json.loads(text)
+    except RecursionError:
+        raise InputError("cluster_job_log", "a deep nest", "a JSON list of jobs") from None
     except ValueError as error:
         raise InputError("cluster_job_log", str(error), "a JSON list of jobs") from None
     if not isinstance(log, list):
@@ -154,19 +156,37 @@ def read_philly(text: str, first: int | None = None) -> JobTable:
         if not isinstance(entry, dict) or "attempts" not in entry:
             raise InputError(where, entry, "a job with submitted_time and attempts")
         gpus, work = 0, 0.0
-        for attempt in entry["attempts"]:
-            start, end = attempt.get("start_time"), attempt.get("end_time")
-            held = sum(len(part.get("gpus", ())) for part in attempt.get("detail", ()))
-            if start in (None, "None") or end in (None, "None") or held == 0:
-                continue
-            spent = _moment(end, f"{where}.end_time") - _moment(start, f"{where}.start_time")
-            if spent < 0:
-                raise InputError(f"{where}.end_time", end, f"a time after {start}")
+        for n, attempt in enumerate(_list(entry["attempts"], f"{where}.attempts")):
+            held, spent = _attempt(attempt, f"{where}.attempts[{n}]")
             gpus, work = max(gpus, held), work + spent * held
         if work > 0:
             moment = _moment(entry.get("submitted_time"), f"{where}.submitted_time")
             jobs.append((moment, work, gpus))
     return _linear_jobs(jobs, first)
+
+
+def _attempt(attempt: object, where: str) -> tuple[int, float]:
+    """GPUs and seconds of one attempt; (0, 0.0) for one that held none or did not end."""
+    if not isinstance(attempt, dict):
+        raise InputError(where, attempt, "an object with start_time, end_time and detail")
+    start, end = attempt.get("start_time"), attempt.get("end_time")
+    held = 0
+    for n, part in enumerate(_list(attempt.get("detail", []), f"{where}.detail")):
+        if not isinstance(part, dict):
+            raise InputError(f"{where}.detail[{n}]", part, "an object with gpus")
+        held += len(_list(part.get("gpus", []), f"{where}.detail[{n}].gpus"))
+    if start in (None, "None") or end in (None, "None") or held == 0:
+        return 0, 0.0
+    spent = _moment(end, f"{where}.end_time") - _moment(start, f"{where}.start_time")
+    if spent < 0:
+        raise InputError(f"{where}.end_time", end, f"a time after {start}")
+    return held, spent
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(where, value, "a list")
+    return value
 
 
 def read_alibaba(text: str, first: int | None = None) -> JobTable:
@@ -336,9 +356,13 @@ def _integer(text: str, where: str, least: int) -> int:
     return int(value)
 
 
-def _moment(text: Any, where: str) -> float:
+def _moment(text: object, where: str) -> float:
+    """Seconds since 1970; without a zone as UTC."""
     try:
-        moment = datetime.fromisoformat(str(text))
+        if not isinstance(text, str):
+            raise ValueError
+        moment = datetime.fromisoformat(text)
     except ValueError:
         raise InputError(where, text, "a date and time such as 2017-10-01 09:30:00") from None
-    return (moment - datetime(1970, 1, 1)).total_seconds()
+    begin = datetime(1970, 1, 1, tzinfo=UTC)
+    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - begin).total_seconds()

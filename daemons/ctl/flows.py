@@ -104,6 +104,7 @@ def _seconds(value: float | None) -> str:
 def chosen_workload(name: str | None, cdf: Path | None) -> Workload:
     """The size distribution that --workload or --cdf names. Raises InputError."""
     from intentd.core.flows.workloads import Workload, parse_cdf, workload
+    from intentd.daemons.kit.files import read_text
 
     if (name is None) == (cdf is None):
         given = "neither" if name is None else "both"
@@ -111,12 +112,7 @@ def chosen_workload(name: str | None, cdf: Path | None) -> Workload:
     if name is not None:
         return workload(name)
     assert cdf is not None
-    try:
-        if cdf.stat().st_size > MAX_FILE_BYTES:
-            raise InputError("--cdf", str(cdf), f"a file of at most {MAX_FILE_BYTES} bytes")
-        text = cdf.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("--cdf", str(cdf), f"a readable text file ({error})") from None
+    text = read_text(cdf, "--cdf", MAX_FILE_BYTES)
     return Workload(cdf.name, parse_cdf(text, str(cdf)), f"file {cdf}")
 
 

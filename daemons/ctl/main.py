@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ TOP_LEVEL: Final = {
     "top": ("top",),
     "completion": ("completion",),
 }
+_FIELD: Final = re.compile(r"[a-z][a-z0-9_]*(?=[:.\[])")
 _MODULE_OF: Final = {name: module for module, names in TOP_LEVEL.items() for name in names}
 
 
@@ -140,6 +142,14 @@ def _root(
     """Options before the command."""
 
 
+def named_as_typed(text: str, words: Sequence[str]) -> str:
+    """An error about a field whose option the user typed names the option."""
+    field = _FIELD.match(text)
+    option = f"--{field.group().replace('_', '-')}" if field else ""
+    typed = any(word.partition("=")[0] == option for word in words)
+    return f"{option}{text[len(field.group()) :]}" if field and typed else text
+
+
 def _terminated(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
@@ -159,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = error.code
         return code if isinstance(code, int) else int(ExitCode.OK if code is None else 1)
     except IntentdError as error:
-        for line in str(error).splitlines():
+        typed = sys.argv[1:] if argv is None else argv
+        for line in named_as_typed(str(error), typed).splitlines():
             message(f"{PROGRAM}: {line}")
         return int(exit_code_of(error))
     except KeyboardInterrupt:

@@ -5,10 +5,12 @@ Commands raise the suite's errors; ``main`` turns them into one line and an exit
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -69,6 +71,24 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     console = Console()
     width = console.width if console.is_terminal else 10_000
     Console(width=width, highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def named_options(options: Mapping[str, str], typed: Collection[str]) -> Iterator[None]:
+    """A daemon's errors about a field name the option that says it too, where the user typed that.
+
+    options: field -> option.
+    """
+
+    def named(text: str) -> str:
+        field = re.match(r"[a-z_]+(?=[:.\[])", text)
+        option = options.get(field.group()) if field else None
+        return f"{option}: {text}" if option is not None and option in typed else text
+
+    try:
+        yield
+    except AdminRefusedError as error:
+        raise AdminRefusedError(named(str(error)), error.code) from None
 
 
 def exit_code_of(error: IntentdError) -> ExitCode:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,16 +18,28 @@ from intentd.core.errors import InputError, IntentdError
 from intentd.daemons.ctl import pareto_live
 from intentd.daemons.ctl.output import JsonOption, message, print_json, print_table
 from intentd.daemons.ctl.sim_jobs import (
+    JOBS,
+    LOAD,
+    FailuresOption,
     FirstOption,
     GpusOption,
     JobsOption,
     LoadOption,
+    MinRuntimeOption,
+    MtbfOption,
+    PreemptOption,
+    RepairOption,
+    ResizeOption,
     ScalingOption,
     SeedOption,
+    StartOption,
     TraceOption,
     WorkloadOption,
+    chosen_failures,
+    one_source,
     read_text,
     read_trace,
+    unused,
 )
 
 if TYPE_CHECKING:
@@ -56,9 +71,7 @@ def _histories(
 ) -> Histories:
     from intentd.controller.search import histories
 
-    if (trace is None) == (workload is None):
-        given = "neither" if trace is None else "both"
-        raise InputError("--trace, --workload", given, "exactly one of them")
+    one_source(trace, workload)
     common = {name: options[name] for name in ("jobs", "seed", "samples")}
     if workload is not None:
         return histories.of_workload(workload, load=options["load"], gpus=options["gpus"], **common)
@@ -82,8 +95,8 @@ def search(
         str, typer.Option(help="direct (thresholds, weights), wfq (T, W, zeta, delta), both.")
     ] = "direct",
     samples: Annotated[int, typer.Option(help="Training histories a point is tried on.")] = 3,
-    jobs: JobsOption = 1000,
-    load: LoadOption = 0.8,
+    jobs: JobsOption = None,
+    load: LoadOption = None,
     seed: SeedOption = 1,
     whole: Annotated[
         bool, typer.Option("--whole", help="Train on the whole trace and test on nothing.")
@@ -92,6 +105,13 @@ def search(
         float, typer.Option(help="Share of the jobs that are predicted in an evaluation.")
     ] = 1.0,
     fractional: Annotated[bool, typer.Option("--fractional", help="Fractions of GPUs.")] = False,
+    start_s: StartOption = 0.0,
+    resize_s: ResizeOption = 0.0,
+    preempt_s: PreemptOption = 0.0,
+    min_runtime_s: MinRuntimeOption = 0.0,
+    failures: FailuresOption = None,
+    mtbf: MtbfOption = "",
+    repair: RepairOption = "",
     workers: Annotated[int | None, typer.Option(help="Processes (default: cores).")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
     warm: Annotated[Path | None, typer.Option(help="Start from this earlier result.")] = None,
@@ -103,10 +123,20 @@ def search(
 ) -> None:
     """Search the trade-offs; progress on stderr, Ctrl-C keeps what was found so far."""
     from intentd.core.jobs.metrics import parse_objectives
+    from intentd.core.jobs.policy import Costs
 
+    _writable(out, "--out")
+    _writable(chart, "--chart", (".html", ".png"))
     wanted = parse_objectives(objectives)
+    one_source(trace, workload)
+    if trace is not None:
+        unused({"--load": load}, "--trace")
+    else:
+        whole_ = True if whole else None
+        unused({"--scaling": scaling, "--first": first, "--whole": whole_}, "--workload")
     options = {
-        "jobs": jobs, "load": load, "gpus": gpus, "seed": seed, "samples": samples,
+        "jobs": JOBS if jobs is None else jobs,
+        "load": LOAD if load is None else load, "gpus": gpus, "seed": seed, "samples": samples,
         "scaling": scaling, "first": first,
     }  # fmt: skip
     found = _histories(trace, workload, whole, options)
@@ -117,8 +147,12 @@ def search(
         gpus,
         found.train,
         found.test,
+        costs=Costs(start_s, resize_s, preempt_s, min_runtime_s),
         integral=not fractional,
         predictions=predictions,
+        failures=chosen_failures(
+            failures, mtbf, repair, gpus=gpus, tables=[*found.train, *found.test], seed=seed
+        ),
         judge=found.judge,
     )
     search_.set_preference(wanted)
@@ -140,15 +174,17 @@ def search(
     document = result.to_plain()
     document["settings"]["source"] = source
     document["settings"]["versions"] = _versions()
-    if out is not None:
-        _write(out, json.dumps(_finite(document), indent=1) + "\n", "--out")
-    if chart is not None:
-        _chart(chart, result.front, f"{workload or trace} on {gpus} GPUs")
-    if as_json:
-        print_json(document)
-    else:
-        _table(result.front)
-        message(f"{result.evaluations} evaluations in {result.wall_s:.1f} s")
+    try:
+        if out is not None:
+            _write(out, json.dumps(_finite(document), indent=1) + "\n", "--out")
+        if chart is not None:
+            _chart(chart, result.front, f"{workload or trace} on {gpus} GPUs")
+    finally:  # what took minutes is said, whatever becomes of the files
+        if as_json:
+            print_json(document)
+        else:
+            _table(result.front)
+            message(f"{result.evaluations} evaluations in {result.wall_s:.1f} s")
 
 
 class _Bar:
@@ -189,19 +225,41 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, text: str, option: str) -> None:
+def _writable(path: Path | None, option: str, endings: tuple[str, ...] = ()) -> None:
+    """Before a search that takes minutes. Raises InputError."""
+    if path is None:
+        return
+    if endings and path.suffix not in endings:
+        raise InputError(option, str(path), f"a file that ends in {' or '.join(endings)}")
+    if path.is_dir():
+        raise InputError(option, str(path), "a file, not a directory")
+    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+        raise InputError(option, str(path), "a file that ends in .html: matplotlib is missing")
     try:
-        path.write_text(text, encoding="utf-8")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(option, str(path), f"a writable file ({error})") from None
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    """The whole file or the old one."""
+    from intentd.daemons.kit.files import write_atomically
+
+    try:
+        if path.exists() and not path.is_file():  # a terminal, a pipe
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path, text.encode(), 0o644)
     except OSError as error:
         raise InputError(option, str(path), f"a writable file ({error})") from None
 
 
 def read_result(path: Path) -> list[FrontPoint]:
     """The front of a result written by ``search``. Raises InputError."""
-    try:
-        plain = json.loads(read_text(path, "file"))
-    except ValueError as error:
-        raise InputError("file", str(path), f"a JSON document ({error})") from None
+    from intentd.daemons.kit.files import parse_json
+
+    plain = parse_json(read_text(path, "file"), "file", str(path))
     points: list[FrontPoint] = _solver().read_front(plain)
     return points
 
@@ -209,11 +267,18 @@ def read_result(path: Path) -> list[FrontPoint]:
 def _chart(path: Path, front: list[FrontPoint], title: str) -> None:
     from intentd.controller.search.chart import describe, write_chart
 
-    side = "test" if front and front[0].test else "train"
+    if not front:
+        raise InputError("--chart", "an empty front", "at least one configuration")
+    side = "test" if front[0].test else "train"
     rows = [point.test or point.train for point in front]
     try:
         labels = [describe(point.policy) for point in front]
-        write_chart(path, rows, labels, title=f"{title} ({side})")
+        beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        try:
+            write_chart(beside, rows, labels, title=f"{title} ({side})")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError("--chart", str(path), f"a writable file ({error})") from None
 
@@ -251,8 +316,15 @@ def show(
     """The front of an earlier search, or of the controller, as a table, JSON or chart."""
     live = pareto_live.live_front() if file is None else None
     front = read_result(file) if file is not None else _solver().read_front(live)
-    if chart is not None:
-        _chart(chart, front, file.name if file is not None else "the controller's front")
+    _writable(chart, "--chart", (".html", ".png"))
+    try:
+        _show(live, front, as_json)
+    finally:
+        if chart is not None:
+            _chart(chart, front, file.name if file is not None else "the controller's front")
+
+
+def _show(live: dict[str, Any] | None, front: list[FrontPoint], as_json: bool) -> None:
     if live is not None and not as_json:
         print(f"front {live['number']} ({live['reason']}); in force: {live['in_force']}")
         if live.get("present"):

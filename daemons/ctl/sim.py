@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +36,10 @@ app.command("jobs")(jobs_command)
 
 ALL_POLICIES = "2d,2d-boost,htb,ps,fifo,srpt,np-sjf,baraat,aalo,pias,lps"
 CLASS_SAMPLES = 100_000
+MAX_SEEDS = 10_000_000
+SEED_DIGITS = 18
+SEEDS_AT_ONCE = 5_000
+MAX_PROCESSES = 1024
 
 
 @app.command("flows")
@@ -151,7 +156,6 @@ def faults(
     1 if any did.
     """
     from intentd.core.sim.fault_runs import Faults, add_up
-    from intentd.core.sim.faults import run_seed
 
     first, last = _seed_range(seeds)
     if not 0 <= loss <= 0.9:
@@ -159,23 +163,10 @@ def faults(
     if jobs < 0:
         raise InputError("--jobs", jobs, "0 or a number of processes")
     wrong = Faults(loss, kill, partition, restart)
-    if trace:
-        runs = []
-        for seed in range(first, last):
-            runs.append(run_seed(seed, wrong, trace=True))
-            for line in runs[-1].story:
-                print(f"{seed}: {line}", file=sys.stderr)
-    else:
-        runs = _run_seeds(range(first, last), wrong, jobs)
-    total = add_up(runs)
     switches = f"{f' --loss {loss}' if loss else ''}{' --kill' if kill else ''}"
     switches += f"{' --partition' if partition else ''}{' --restart' if restart else ''}"
-    for run in runs:
-        if run.violations:
-            again = f"intentctl sim faults --seeds {run.seed}:{run.seed + 1}{switches} --trace"
-            print(
-                f"seed {run.seed} failed: {run.violations[0]}\n  replay: {again}", file=sys.stderr
-            )
+    runs = _told(first, last, wrong) if trace else _run_seeds(range(first, last), wrong, jobs)
+    total = add_up(_with_failures(runs, switches))
     if as_json:
         typer.echo(json.dumps(total))
     else:
@@ -185,15 +176,40 @@ def faults(
         raise typer.Exit(1)
 
 
+def _told(first: int, last: int, wrong: Faults) -> Iterator[FaultRun]:
+    """One after the other, each with its story."""
+    from intentd.core.sim.faults import run_seed
+
+    for seed in range(first, last):
+        run = run_seed(seed, wrong, trace=True)
+        for line in run.story:
+            print(f"{seed}: {line}", file=sys.stderr)
+        yield run
+
+
+def _with_failures(runs: Iterator[FaultRun], switches: str) -> Iterator[FaultRun]:
+    """Says of each seed that failed how to replay it, as it comes."""
+    for run in runs:
+        if run.violations:
+            again = f"intentctl sim faults --seeds {run.seed}:{run.seed + 1}{switches} --trace"
+            print(
+                f"seed {run.seed} failed: {run.violations[0]}\n  replay: {again}", file=sys.stderr
+            )
+        yield run
+
+
 def _seed_range(text: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
-    if not colon or not first.isdecimal() or not last.isdecimal() or int(first) >= int(last):
+    good = colon and all(t.isdecimal() and len(t) <= SEED_DIGITS for t in (first, last))
+    if not good or int(first) >= int(last):
         raise InputError("--seeds", text, "A:B with 0 <= A < B")
+    if int(last) - int(first) > MAX_SEEDS:
+        raise InputError("--seeds", text, f"at most {MAX_SEEDS} seeds")
     return int(first), int(last)
 
 
-def _run_seeds(seeds: range, wrong: Faults, jobs: int) -> list[FaultRun]:
-    """All seeds over processes; progress on a terminal's standard error."""
+def _run_seeds(seeds: range, wrong: Faults, jobs: int) -> Iterator[FaultRun]:
+    """All seeds over processes, a batch at a time; progress on a terminal's standard error."""
     import os
     from concurrent.futures import ProcessPoolExecutor
     from functools import partial
@@ -201,15 +217,18 @@ def _run_seeds(seeds: range, wrong: Faults, jobs: int) -> list[FaultRun]:
 
     from intentd.core.sim.faults import run_seed
 
-    workers = min(jobs or os.cpu_count() or 1, len(seeds))
+    workers = min(jobs or os.cpu_count() or 1, len(seeds), MAX_PROCESSES)
     if workers == 1:
-        return [run_seed(seed, wrong) for seed in seeds]
-    runs = []
+        yield from (run_seed(seed, wrong) for seed in seeds)
+        return
+    done = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for run in pool.map(partial(run_seed, faults=wrong), seeds, chunksize=10):
-            runs.append(run)
-            if sys.stderr.isatty() and len(runs) % 100 == 0:
-                print(f"\r{len(runs)}/{len(seeds)} seeds ", end="", file=sys.stderr, flush=True)
+        for at in range(0, len(seeds), SEEDS_AT_ONCE):
+            batch = seeds[at : at + SEEDS_AT_ONCE]
+            for run in pool.map(partial(run_seed, faults=wrong), batch, chunksize=10):
+                done += 1
+                if sys.stderr.isatty() and done % 100 == 0:
+                    print(f"\r{done}/{len(seeds)} seeds ", end="", file=sys.stderr, flush=True)
+                yield run
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    return runs

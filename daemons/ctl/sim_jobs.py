@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from intentd.core.jobs.allocator import JobTable
     from intentd.core.jobs.policy import Costs, JobsPolicy
     from intentd.core.jobs.traces import Scaling
+    from intentd.core.sim.jobs import Failure
 
 MAX_FILE_BYTES = 512 * 2**20
+LATE = 4.0  # times the whole work after the last arrival: when failures that are drawn end
 REVIEWS = 200  # times in a run that all active jobs are predicted anew, as a daemon would
 
 TraceOption = Annotated[
@@ -27,8 +30,14 @@ TraceOption = Annotated[
     typer.Option(help="Job trace: our CSV, Philly's cluster_job_log JSON, Alibaba or Pollux CSV."),
 ]
 WorkloadOption = Annotated[str | None, typer.Option(help="workload-1 or workload-3.")]
-JobsOption = Annotated[int, typer.Option(min=1, help="Jobs of the synthetic workload.")]
-LoadOption = Annotated[float, typer.Option(help="Offered load of the synthetic workload.")]
+JOBS, LOAD = 1000, 0.8
+JobsOption = Annotated[
+    int | None, typer.Option(min=1, help="Jobs of the synthetic workload.", show_default=str(JOBS))
+]
+LoadOption = Annotated[
+    float | None,
+    typer.Option(help="Offered load of the synthetic workload.", show_default=str(LOAD)),
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 GpusOption = Annotated[int, typer.Option(help="GPUs of the cluster.")]
 FirstOption = Annotated[int | None, typer.Option(min=1, help="Only the first N jobs.")]
@@ -38,14 +47,53 @@ ScalingOption = Annotated[
 ]
 
 
+FailuresOption = Annotated[
+    Path | None, typer.Option(help="GPUs that fail: CSV at_s,gpus,repair_s.")
+]
+MtbfOption = Annotated[
+    str, typer.Option(help="Instead: mean time between failures of a GPU, such as 30d.")
+]
+RepairOption = Annotated[
+    str, typer.Option(help="How long a failed GPU is away, with --mtbf.", show_default="1h")
+]
+StartOption = Annotated[float, typer.Option(help="Cost of a start.")]
+ResizeOption = Annotated[float, typer.Option(help="Cost of a resize.")]
+PreemptOption = Annotated[float, typer.Option(help="Cost of a preemption.")]
+MinRuntimeOption = Annotated[float, typer.Option(help="No preemption before.")]
+
+
+def chosen_failures(
+    file: Path | None, mtbf: str, repair: str, *, gpus: int, tables: Sequence[JobTable], seed: int
+) -> tuple[Failure, ...]:
+    """The failures that --failures or --mtbf name, until the jobs could long be done."""
+    from intentd.core.sim.failures import draw_failures, read_failures
+    from intentd.core.units import parse_duration_s
+
+    if file is not None and (mtbf or repair):
+        raise InputError("--failures", f"{file} and --mtbf or --repair", "the one or the other")
+    if file is not None:
+        return read_failures(read_text(file, "--failures"), gpus)
+    if not mtbf:
+        if repair:
+            raise InputError("--repair", repair, "--mtbf with it")
+        return ()
+    until_s = max(
+        float(table.submit_s[-1]) + LATE * float(table.work_gpu_s.sum()) / gpus for table in tables
+    )
+    return draw_failures(
+        mtbf_s=parse_duration_s(mtbf, "--mtbf"),
+        repair_s=parse_duration_s(repair or "1h", "--repair"),
+        gpus=gpus,
+        until_s=until_s,
+        seed=seed,
+    )
+
+
 def read_text(path: Path, option: str) -> str:
     """A text file of bounded size. Raises InputError."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(option, str(path), f"a file of at most {MAX_FILE_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(option, str(path), f"a readable text file ({error})") from None
+    from intentd.daemons.kit.files import read_text as read
+
+    return read(path, option, MAX_FILE_BYTES)
 
 
 def chosen_scaling(scaling: Path | None, trace: Path) -> Scaling:
@@ -86,8 +134,8 @@ def chosen_jobs(
     trace: Path | None,
     workload: str | None,
     *,
-    jobs: int,
-    load: float,
+    jobs: int | None,
+    load: float | None,
     gpus: int,
     seed: int,
     first: int | None,
@@ -96,24 +144,41 @@ def chosen_jobs(
     """The jobs that --trace or --workload name. Raises InputError."""
     from intentd.core.jobs.workloads import synthetic
 
+    one_source(trace, workload)
+    if trace is not None:
+        unused({"--jobs": jobs, "--load": load}, "--trace")
+        return read_trace(trace, scaling, first)
+    assert workload is not None
+    unused({"--scaling": scaling}, "--workload")
+    table = synthetic(
+        workload,
+        jobs=JOBS if jobs is None else jobs,
+        load=LOAD if load is None else load,
+        gpus=gpus,
+        seed=seed,
+    )
+    return table.take(slice(0, first))
+
+
+def one_source(trace: Path | None, workload: str | None) -> None:
     if (trace is None) == (workload is None):
         given = "neither" if trace is None else "both"
         raise InputError("--trace, --workload", given, "exactly one of them")
-    if trace is not None:
-        return read_trace(trace, scaling, first)
-    assert workload is not None
-    table = synthetic(workload, jobs=jobs, load=load, gpus=gpus, seed=seed)
-    return table.take(slice(0, first))
+
+
+def unused(options: Mapping[str, object], beside: str) -> None:
+    """Raises InputError for the first that was given though it says nothing here."""
+    for option, value in options.items():
+        if value is not None:
+            raise InputError(option, str(value), f"nothing beside {beside}")
 
 
 def read_config(path: Path, option: str = "--config") -> JobsPolicy:
     """A policy from a JSON file, as the search writes them (a bare policy, or under "config")."""
     from intentd.core.jobs.policy import from_plain
+    from intentd.daemons.kit.files import parse_json
 
-    try:
-        plain = json.loads(read_text(path, option))
-    except ValueError as error:
-        raise InputError(option, str(path), f"a JSON document ({error})") from None
+    plain = parse_json(read_text(path, option), option, str(path))
     if isinstance(plain, dict) and "config" in plain:
         plain = plain["config"]
     return from_plain(plain, option)
@@ -128,7 +193,7 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 
 def chosen_policy(
     jobs: JobTable,
-    name: str,
+    name: str | None,
     *,
     config: Path | None,
     parameters: dict[str, float | None],
@@ -137,16 +202,25 @@ def chosen_policy(
     integral: bool,
     artifact: bool,
 ) -> JobsPolicy:
-    """The policy the options describe. Raises InputError."""
+    """The policy the options describe: a file says all of it, or none. Raises InputError."""
     from intentd.core.jobs import policy as policies
 
     given = {key: value for key, value in parameters.items() if value is not None}
-    if name != "wfq":
-        if given or thresholds or weights or config:
-            raise InputError("--policy", name, "wfq with --config, --T ... or --thresholds ...")
-        return policies.make(name, integral=integral)
     if config is not None:
-        return read_config(config)
+        lists = {"thresholds": thresholds, "weights": weights}
+        beside = [*given, *(key for key, text in lists.items() if text is not None)]
+        if beside:
+            text = " ".join(f"--{key}" for key in beside)
+            raise InputError("--config", f"{config} and {text}", "the one or the other")
+        read = read_config(config)
+        if name not in (None, read.name):
+            raise InputError("--policy", name, f"{read.name}, as --config {config} says, or none")
+        return read if integral else replace(read, integral=False)
+    name = name or "wfq"
+    if name != "wfq":
+        if given or thresholds is not None or weights is not None:
+            raise InputError("--policy", name, "wfq with --T ... or --thresholds ...")
+        return policies.make(name, integral=integral)
     zeta, delta = given.get("zeta", 0.5), given.get("delta", 0.1)
     if thresholds is not None or weights is not None:
         if thresholds is None or weights is None or "T" in given or "W" in given:
@@ -190,12 +264,15 @@ def per_job_csv(result: Any, bounds: Any) -> str:
 def jobs_command(
     trace: TraceOption = None,
     workload: WorkloadOption = None,
-    jobs: JobsOption = 1000,
-    load: LoadOption = 0.8,
+    jobs: JobsOption = None,
+    load: LoadOption = None,
     seed: SeedOption = 1,
     gpus: GpusOption = 64,
-    policy: Annotated[str, typer.Option(help="fifo, srsf, themis, afs, maxmin or wfq.")] = "wfq",
-    config: Annotated[Path | None, typer.Option(help="WFQ policy as JSON.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="fifo, srsf, themis, afs, maxmin or wfq.", show_default="wfq"),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Policy as JSON, instead.")] = None,
     t: Annotated[float | None, typer.Option("--T", help="C^2 limit of a class.")] = None,
     w: Annotated[float | None, typer.Option("--W", help="Weights are exp(-i W).")] = None,
     zeta: Annotated[float | None, typer.Option(help="Least efficiency of a grant.")] = None,
@@ -219,10 +296,13 @@ def jobs_command(
     size_error: Annotated[
         float, typer.Option(help="Sizes are known within +- this, in percent.")
     ] = 0.0,
-    start_s: Annotated[float, typer.Option(help="Cost of a start.")] = 0.0,
-    resize_s: Annotated[float, typer.Option(help="Cost of a resize.")] = 0.0,
-    preempt_s: Annotated[float, typer.Option(help="Cost of a preemption.")] = 0.0,
-    min_runtime_s: Annotated[float, typer.Option(help="No preemption before.")] = 0.0,
+    start_s: StartOption = 0.0,
+    resize_s: ResizeOption = 0.0,
+    preempt_s: PreemptOption = 0.0,
+    min_runtime_s: MinRuntimeOption = 0.0,
+    failures: FailuresOption = None,
+    mtbf: MtbfOption = "",
+    repair: RepairOption = "",
     per_job: Annotated[Path | None, typer.Option(help="Write one CSV line a job.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -251,6 +331,7 @@ def jobs_command(
         seed=seed,
         artifact=artifact,
         costs=costs,
+        failures=chosen_failures(failures, mtbf, repair, gpus=gpus, tables=[table], seed=seed),
         review_every=0 if no_predict else max(1, len(table) // REVIEWS),
     )
     begin = time.perf_counter()
@@ -261,6 +342,7 @@ def jobs_command(
         "coverage_p90": bounds.coverage_percent,
         "p90_width": bounds.median_width,
         "wall_s": wall_s,
+        "failures": len(options.failures),
     }
     if per_job is not None:
         try:
@@ -273,5 +355,5 @@ def jobs_command(
     print_table(
         ("figure", "value"),
         [(name, f"{v:.6g}" if isinstance(v, float) else v) for name, v in document.items()],
-        f"{policy}, {len(table)} jobs on {gpus} GPUs",
+        f"{chosen.name}, {len(table)} jobs on {gpus} GPUs",
     )

@@ -159,6 +159,8 @@ def status(
         _watch(lambda: gather(run_dir), show, interval_s, redraw=not as_json)
     document = gather(run_dir)
     show(document)
+    if as_json and not document["daemons"]:
+        message(f"intentctl: no daemon answers in {run_dir or usual_run_dir()}")
     raise typer.Exit(int(code_of(document)))
 
 
@@ -166,7 +168,8 @@ def _show(document: dict[str, Any]) -> None:
     if document["daemons"] or document["unreachable"]:
         render(document)
     else:
-        message("intentctl: no daemon runs here (intentctl up starts the suite)")
+        where = usual_run_dir()
+        message(f"intentctl: no daemon runs here, none in {where} (intentctl up starts the suite)")
 
 
 def _watch(

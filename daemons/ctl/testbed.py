@@ -118,13 +118,18 @@ def run(
 def _run_each(name: str, options: Any, out: Path | None, as_json: bool) -> list[dict[str, Any]]:
     """One document an experiment; with all, one that fails leaves the others theirs."""
     from intentd.testbed import runner
+    from intentd.testbed.experiments.options import check_place
 
     documents: list[dict[str, Any]] = []
+    for left_out in runner.check(name, options):
+        message(f"left out: {left_out}")
     for experiment in runner.names(name):
-        directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
+        own = runner.heeded(experiment, options)
         try:
+            check_place(experiment, own)
+            directory = runner.new_directory(experiment, out or runner.RESULTS_DIR)
             results = asyncio.run(
-                runner.run_experiment(experiment, options, directory, _progress(experiment))
+                runner.run_experiment(experiment, own, directory, _progress(experiment))
             )
         except IntentdError as error:
             if name != "all":

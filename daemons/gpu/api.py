@@ -15,7 +15,14 @@ from aiohttp import web
 import intentd
 from intentd.core.errors import InputError
 from intentd.core.jobs.demand import MAX_GPUS
-from intentd.core.jobs.spec import MAX_ARRAY, MAX_COMMAND, MAX_GRACE_S, MAX_TRIALS, SIGNALS
+from intentd.core.jobs.spec import (
+    MAX_ARRAY,
+    MAX_COMMAND,
+    MAX_GRACE_S,
+    MAX_SIZE_GPU_S,
+    MAX_TRIALS,
+    SIGNALS,
+)
 from intentd.daemons.gpu.service import (
     MAX_LOG_BYTES,
     MAX_PAGE,
@@ -32,10 +39,15 @@ from intentd.daemons.kit.tokens import Role
 _JOB: Final = number(0, 2**53)
 _LABEL: Final = {"type": "string", "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"}
 _SECONDS: Final = {"type": "number", "minimum": 0}
+_LONG: Final = {**_SECONDS, "maximum": MAX_SIZE_GPU_S}
 _TABLE: Final = {
     "type": "object",
     "propertyNames": {"pattern": "^[1-9][0-9]{0,2}$"},
-    "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+    "additionalProperties": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": MAX_SIZE_GPU_S / 1000,
+    },
 }
 # core.jobs.spec says what each means, and refuses what does not fit together.
 _JOB_FIELDS: Final[dict[str, Any]] = {
@@ -47,10 +59,10 @@ _JOB_FIELDS: Final[dict[str, Any]] = {
     "min_gpus": number(1, MAX_GPUS), "max_gpus": number(1, MAX_GPUS),
     "demand": {"anyOf": [_TABLE, {"type": "object", "additionalProperties": _TABLE},
                          {"type": "null"}]},
-    "gpu_types": {"type": "array", "items": _LABEL}, "size_gpu_s": _SECONDS, "profile": TEXT,
+    "gpu_types": {"type": "array", "items": _LABEL}, "size_gpu_s": _LONG, "profile": TEXT,
     "speeds": {"type": "array", "items": _SECONDS}, "trials": number(1, MAX_TRIALS),
     "checkpoint_signal": {"enum": list(SIGNALS)}, "grace_s": {**_SECONDS, "maximum": MAX_GRACE_S},
-    "time_limit_s": _SECONDS, "retries": number(0, 100), "array_index": number(-1, MAX_ARRAY),
+    "time_limit_s": _LONG, "retries": number(0, 100), "array_index": number(-1, MAX_ARRAY),
     "array": number(0, MAX_ARRAY),
 }  # fmt: skip
 _LOST: Final = {404: "There is no such job or node.", 507: "The disk refuses: not accepted."}
@@ -59,7 +71,7 @@ OPERATIONS: Final = (
               body=record("command", **_JOB_FIELDS), status=201, refusals=_LOST),
     Operation("GET", "/api/jobs", "list", "Jobs, newest first.",
               {"state": TEXT, "owner": TEXT, "name": TEXT, "label": TEXT, "before": _JOB,
-               "limit": number(1, MAX_PAGE)}, refusals=_LOST),
+               "array": _JOB, "limit": number(1, MAX_PAGE)}, refusals=_LOST),
     Operation("POST", "/api/jobs/predict", "predict", "Predict a job without submitting it.",
               body=record("", **_JOB_FIELDS), refusals=_LOST),
     Operation("GET", "/api/jobs/{job}", "show", "One job with its predictions.",
@@ -78,7 +90,7 @@ OPERATIONS: Final = (
               {"evict": {"enum": ["true", "false"]}, "undo": {"enum": ["true", "false"]}},
               refusals=_LOST),
 )  # fmt: skip
-_NUMBERS: Final = ("job", "limit", "before", "after", "offset")
+_NUMBERS: Final = ("job", "limit", "before", "after", "offset", "array")
 
 
 class Api:
@@ -89,11 +101,11 @@ class Api:
 
     def add_routes(self, app: web.Application) -> None:
         for row in OPERATIONS:
-            app.router.add_route(row.method, row.path, self._handler(row.name))
+            app.router.add_route(row.method, row.path, self._handler(row))
         for path in ("/openapi.json", "/api/openapi.json"):
             app.router.add_get(path, self._openapi)
 
-    def _handler(self, name: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _handler(self, row: Operation) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             service = self._service()
             if service is None:
@@ -102,7 +114,12 @@ class Api:
             caller = Caller(
                 known.name, trusted=known.role >= Role.ADMIN, operates=known.role >= Role.OPERATE
             )
+            name = row.name
             try:
+                for key in request.query:
+                    if key not in row.params:
+                        taken = ", ".join(row.params) or "nothing"
+                        raise InputError(key[:80], request.query[key][:80], f"one of {taken}")
                 args: dict[str, Any] = {
                     key: _value(key, value)
                     for key, value in (*request.query.items(), *request.match_info.items())
@@ -169,4 +186,8 @@ def _value(key: str, text: str) -> Any:
         return int(text)
     if key == "state":
         return text.split(",")
-    return text == "true" if key in ("evict", "undo") else text
+    if key in ("evict", "undo"):
+        if text not in ("true", "false"):
+            raise InputError(key, text[:80], "true or false")
+        return text == "true"
+    return text

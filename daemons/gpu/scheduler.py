@@ -378,9 +378,12 @@ class Scheduler:
         )
         done.add_done_callback(_heard)
 
-    async def what_if(self, spec: JobSpec) -> tuple[Prediction, dict[int, float], str]:
-        """The prediction of a job not submitted, by how many seconds it delays others, and the
-        GPU type it would run on. Raises InputError for one that cannot run now."""
+    async def what_if(
+        self, spec: JobSpec, count: int = 1
+    ) -> tuple[Prediction, dict[int, float], str]:
+        """The prediction of a job not submitted (of count of it, the last to end), by how many
+        seconds it delays others, and the GPU type it would run on. Raises InputError for one that
+        cannot run now."""
         now, ledger = self.now(), self.ledger
         ledger.check(spec)
         pools = ledger.pools_for(spec) or ledger.types[:1]
@@ -389,7 +392,8 @@ class Scheduler:
             candidate, owner = ledger.candidate(spec, now, pool)
             before, keys = ledger.snapshot(now, pool=pool)
             judge = self.predictor.what_if
-            found.append((await asyncio.to_thread(judge, before, keys, candidate, owner), pool))
+            judged = await asyncio.to_thread(judge, before, keys, candidate, owner, count)
+            found.append((judged, pool))
         best, pool = min(found, key=lambda item: item[0].prediction.p50_s)
         return best.prediction, {int(str(job)): by for job, by in best.delays_s.items()}, pool
 

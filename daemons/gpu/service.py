@@ -60,9 +60,7 @@ class Service:
     async def submit(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """args: the fields of a job, and ``array``: how many of it."""
         given = dict(args)
-        count = given.pop("array", 0)
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_ARRAY:
-            raise InputError("array", count, f"a whole number from 0 to {MAX_ARRAY}")
+        count = _array(given)
         if count:
             specs = [self._spec({**given, "array_index": i}, caller) for i in range(count)]
         else:
@@ -77,10 +75,13 @@ class Service:
         }
 
     async def predict(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """The prediction of a job that is not submitted, and its effect on the others."""
+        """The prediction of a job that is not submitted, or of the last of an array to end, and its
+        effect on the others."""
         given = {"command": ["none"], **args}
-        given.pop("array", None)
-        prediction, delays, pool = await self.scheduler.what_if(self._spec(given, caller))
+        count = _array(given)
+        prediction, delays, pool = await self.scheduler.what_if(
+            self._spec(given, caller), max(1, count)
+        )
         late = {job: round(by, 3) for job, by in delays.items() if abs(by) > 0.5}
         return {
             "predicted": self._prediction(prediction),
@@ -91,8 +92,9 @@ class Service:
         }
 
     async def list_jobs(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Newest first. args: state (list), owner, name, label (name=value or name), before,
-        limit."""
+        """Newest first. args: state (list), owner, name, label (name=value or name), array (the
+        number of a job: all that were submitted with it), before, limit. ``next``: what to give as
+        before for the rest, 0 if this was all."""
         states = args.get("state") or []
         states = [states] if isinstance(states, str) else list(states)
         known = [state.value for state in State]
@@ -110,12 +112,13 @@ class Service:
             owner=str(args.get("owner", "")),
             name=str(args.get("name", "")),
             label=str(args.get("label", "")),
+            array=_number(args, "array", 0, 0, 2**53),
             before=_number(args, "before", 0, 0, 2**53),
-            limit=limit,
+            limit=limit + 1,
         )
         return {
-            "jobs": [self._row(row) for row in rows],
-            "next": rows[-1]["id"] if len(rows) == limit else 0,
+            "jobs": [self._row(row) for row in rows[:limit]],
+            "next": rows[limit - 1]["id"] if len(rows) > limit else 0,
         }
 
     def show(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
@@ -218,10 +221,13 @@ class Service:
 
     async def drain(self, args: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """args: node, evict, undo."""
+        unknown = sorted(set(args) - {"node", "evict", "undo"})
+        if unknown:
+            raise InputError(unknown[0][:80], args[unknown[0]], "one of evict, node, undo")
         if not (caller.trusted or caller.operates):
             raise NotAllowedError("drain: for operators alone")
         name = str(args.get("node", ""))
-        undo, evict = bool(args.get("undo", False)), bool(args.get("evict", False))
+        undo, evict = _flag(args, "undo"), _flag(args, "evict")
 
         def drain(ledger: Ledger, now: float) -> tuple[None, list[Instruction]]:
             if undo:
@@ -272,6 +278,7 @@ class Service:
             "job": row["id"],
             "name": row["spec"]["name"],
             "owner": row["spec"]["owner"],
+            "array_index": row["spec"]["array_index"],
             "state": row["state"],
             "gpus": sum(len(indices) for indices in row["devices"].values()),
             "min_gpus": row["spec"]["min_gpus"],
@@ -280,7 +287,7 @@ class Service:
             "gpu_type": row.get("pool", ""),
             "epoch": row["epoch"],
             "size_gpu_s": size,
-            "done_percent": round(100 * max(0.0, 1 - left / size), 1) if live else 100.0,
+            "done_percent": _done_percent(row, left if live else None),
             "submitted_s": row["submitted_s"],
             "started_s": row["started_s"],
             "ended_s": row["ended_s"],
@@ -304,6 +311,15 @@ class Service:
         }
 
 
+def _done_percent(row: Mapping[str, Any], left_gpu_s: float | None) -> float:
+    """Of its size. left_gpu_s: None for a job that is over."""
+    if row["state"] == State.FINISHED.value:
+        return 100.0
+    size = row["size_gpu_s"]
+    done = row["done_gpu_s"] if left_gpu_s is None else size - left_gpu_s
+    return round(100 * min(1.0, max(0.0, done / size)), 1) if size > 0 else 0.0
+
+
 def _check_account(owner: str) -> None:
     """Raises InputError unless jobs can run as that user."""
     try:
@@ -319,3 +335,18 @@ def _number(args: Mapping[str, Any], name: str, default: int, low: int, high: in
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(name, value, f"a whole number from {low} to {high}")
     return value
+
+
+def _flag(args: Mapping[str, Any], name: str) -> bool:
+    value = args.get(name, False)
+    if not isinstance(value, bool):
+        raise InputError(name, value, "true or false")
+    return value
+
+
+def _array(given: dict[str, Any]) -> int:
+    """Takes the number of jobs out of the fields; 0: one that is of no array."""
+    count = given.pop("array", 0)
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_ARRAY:
+        raise InputError("array", count, f"a whole number from 0 to {MAX_ARRAY}")
+    return count

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from intentd.core.jobs.job import OVER, Event, Job, job_from_plain, job_to_plain
 from intentd.core.jobs.predictor import Prediction
+from intentd.core.jobs.spec import MAX_ARRAY
 from intentd.daemons.kit.store import Store
 
 MIGRATIONS: Final = (
@@ -136,10 +137,12 @@ class JobStore:
         owner: str = "",
         name: str = "",
         label: str = "",
+        array: int = 0,
         before: int = 0,
         limit: int,
     ) -> list[dict[str, Any]]:
-        """Newest first. label: "name=value", or "name" for any value."""
+        """Newest first. label: "name=value", or "name" for any value. array: jobs of the array that
+        this job is of (numbered one after the other, in one submission), none if it is of none."""
         marks = ", ".join("?" * len(states))
         where: list[tuple[str, list[Any]]] = [
             (f"state IN ({marks})", list(states)) if states else ("1", []),
@@ -147,6 +150,7 @@ class JobStore:
             ("name = ?", [name]) if name else ("1", []),
             ("id < ?", [before]) if before else ("1", []),
             _labelled(label) if label else ("1", []),
+            _with(array) if array else ("1", []),
         ]
         clause = " AND ".join(text for text, _ in where)
         values: list[Any] = [value for _, given in where for value in given]
@@ -206,6 +210,18 @@ def _labelled(label: str) -> tuple[str, list[Any]]:
     name, equals, value = label.partition("=")
     found = "json_extract(body, '$.spec.labels.\"' || ? || '\"')"
     return (f"{found} = ?", [name, value]) if equals else (f"{found} IS NOT NULL", [name])
+
+
+def _with(job: int) -> tuple[str, list[Any]]:
+    """Neighbours have other first numbers: an array's index counts from 0 again."""
+    index = "json_extract(body, '$.spec.array_index')"
+    first = f"(SELECT id - {index} FROM jobs WHERE id = ? AND {index} >= 0)"  # noqa: S608  no values
+    return f"id >= {first} AND id < {first} + ? AND id - {index} = {first} AND {index} >= 0", [
+        job,
+        job,
+        MAX_ARRAY,
+        job,
+    ]
 
 
 _OVER: Final = frozenset(state.value for state in OVER)

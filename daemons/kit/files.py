@@ -1,14 +1,43 @@
-"""Small files that must survive a crash whole, and the directories they live in."""
+"""Files that users name, read once within bounds; small files that must survive a crash whole, and
+the directories they live in."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
-from intentd.core.errors import IntentdError
+from intentd.core.errors import InputError, IntentdError
+
+
+def read_text(path: Path, field: str, most_bytes: int) -> str:
+    """A text file of bounded size that a user named. Raises InputError naming the field."""
+    try:
+        # a pipe that nobody writes to is empty, and not waited for
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            data = file.read(most_bytes + 1) or b""
+        if len(data) > most_bytes:
+            raise InputError(field, str(path), f"a file of at most {most_bytes} bytes")
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(field, str(path), f"a readable text file ({error})") from None
+
+
+def parse_json(text: str, field: str, name: str) -> Any:
+    """A JSON document; name is what to call it. Raises InputError naming the field, also for one
+    nested too deeply or with a number too long to read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise InputError(field, name, "a JSON document that is not nested so deeply") from None
+    except ValueError as error:
+        raise InputError(field, name, f"a JSON document ({error})") from None
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from intentd.core.errors import InputError
 from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, Lab, Scenario
 from intentd.testbed.metrics import METRICS, completion_metrics
@@ -81,11 +80,7 @@ class Watch:
 async def run(options: Options, directory: Path, progress: Progress) -> Results:
     """*dynamic*: the live controller; *static*: classes of the first workload; *aggregate*: classes
     of all of them together."""
-    if options.gate != "agent":
-        raise InputError("gate", options.gate, "agent: learning needs the controller")
     names = options.workloads or WORKLOADS
-    if len(names) < 2:
-        raise InputError("workloads", ",".join(names), "two or more, one after the other")
     load = options.loads[0] if options.loads else LOAD
     duration_s = options.duration_s or DURATION_S
     seeds = options.seed_range(SEEDS)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from intentd.core.errors import InputError
 from intentd.testbed.experiments.global_order import ordered_globally
 from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, Lab, Scenario
@@ -37,8 +36,6 @@ _LOOK_S: Final = 0.05
 
 async def run(options: Options, directory: Path, progress: Progress) -> Results:
     """options.rounds: how many kills in all, each daemon in turn."""
-    if options.gate != "agent" or not options.namespaces:
-        raise InputError("gate", options.gate, "agent, as root: daemons are what is killed here")
     kills = options.rounds or KILLS
     name = options.workloads[0] if options.workloads else WORKLOAD
     load = options.loads[0] if options.loads else LOAD

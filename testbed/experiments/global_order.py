@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from intentd.core.errors import InputError
 from intentd.core.flows.assemble import default_early_fin_bytes, default_local_below_bytes
 from intentd.core.flows.policy import DomainPolicy
 from intentd.testbed.experiments.options import Options
@@ -46,8 +45,6 @@ def ordered_globally(policy: DomainPolicy) -> DomainPolicy:
 
 
 async def run(options: Options, directory: Path, progress: Progress) -> Results:
-    if options.gate != "agent":
-        raise InputError("gate", options.gate, "agent: global order needs the daemons")
     workloads = options.workloads or WORKLOADS
     load = options.loads[0] if options.loads else LOAD
     duration_s = options.duration_s or DURATION_S

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from intentd.core.errors import InputError
 from intentd.testbed.experiments.options import Options
 from intentd.testbed.lab import DOMAIN, Lab, Scenario
 from intentd.testbed.playing import Progress
@@ -43,8 +42,6 @@ async def run(options: Options, directory: Path, progress: Progress) -> Results:
     """2D with classes of the mixture, of each workload alone, and learned while the flows go on;
     PS and FIFO beside them."""
     workloads = options.workloads or WORKLOADS
-    if len(workloads) < 2:
-        raise InputError("workloads", ",".join(workloads), "two or more for a mixture")
     load = options.loads[0] if options.loads else LOAD
     policies = options.policies or POLICIES
     duration_s = options.duration_s or DURATION_S

@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from intentd.core.errors import InputError
+from intentd.core.flows.policies import POLICIES
 from intentd.testbed.lab import Setup
+from intentd.testbed.policies import scaled_workload
+
+MANY: Final = 100
 
 # Module name -> what it shows.
 EXPERIMENTS: Final = {
@@ -17,6 +21,45 @@ EXPERIMENTS: Final = {
     "global_order": "several client hosts: sequencer, one shared gate, independent gates",
     "downlink": "two senders, one receiver's downlink",
     "faults": "kill -9 of each daemon in turn under load",
+}
+
+
+OPTION_OF: Final = {
+    "workloads": "--workload",
+    "policies": "--policies",
+    "loads": "--load",
+    "seeds": "--seeds",
+    "rounds": "--rounds",
+    "early_fin_bytes": "--early-fin",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What of the options an experiment heeds; the rest is refused.
+
+    workloads: fewest and most; policies, seeds, early_fin, rounds: whether; loads: most.
+    live: needs the daemons (gate "agent"); namespaces: needs those.
+    """
+
+    workloads: tuple[int, int] = (1, MANY)
+    policies: bool = False
+    loads: int = 1
+    seeds: bool = True
+    early_fin: bool = False
+    rounds: bool = False
+    live: bool = False
+    namespaces: bool = False
+
+
+TAKES: Final = {
+    "overall": Takes(policies=True, early_fin=True),
+    "cluster_reuse": Takes(workloads=(2, MANY), live=True),
+    "mixed": Takes(workloads=(2, MANY), policies=True),
+    "load": Takes(policies=True, loads=MANY, early_fin=True),
+    "global_order": Takes(live=True),
+    "downlink": Takes(workloads=(1, 1), seeds=False, live=True, namespaces=True),
+    "faults": Takes(workloads=(1, 1), seeds=False, rounds=True, live=True, namespaces=True),
 }
 GATES: Final = ("agent", "local")
 
@@ -93,3 +136,53 @@ class Options:
         if self.namespaces:
             return []
         return [NO_BOTTLENECK]
+
+
+def not_taken(name: str, options: Options) -> dict[str, InputError]:
+    """Field of the options -> why the experiment cannot heed what it was told there."""
+    takes = TAKES[name]
+    few, most = takes.workloads
+    given = {
+        "workloads": ",".join(options.workloads),
+        "policies": ",".join(options.policies),
+        "loads": ",".join(f"{load:g}" for load in options.loads),
+        "seeds": options.seeds,
+        "rounds": options.rounds,
+        "early_fin_bytes": options.early_fin_bytes,
+    }
+    counted = f"{few} of them for {name}" if few == most else f"{few} or more of them for {name}"
+    nothing = f"nothing: not taken by {name}"
+    wrong = {
+        "workloads": counted if not few <= len(options.workloads or "*" * few) <= most else "",
+        "policies": nothing if options.policies and not takes.policies else "",
+        "loads": f"one of them for {name}" if len(options.loads) > takes.loads else "",
+        "seeds": f"{nothing} (--first-seed is)" if options.seeds and not takes.seeds else "",
+        "rounds": nothing if options.rounds and not takes.rounds else "",
+        "early_fin_bytes": nothing
+        if options.early_fin_bytes is not None and not takes.early_fin
+        else "",
+    }
+    return {
+        field: InputError(OPTION_OF[field], given[field], expected)
+        for field, expected in wrong.items()
+        if expected
+    }
+
+
+def check_values(options: Options) -> None:
+    """Workloads are there and policies known: nothing is started for those that are not. Raises
+    InputError."""
+    for name in options.workloads:
+        scaled_workload(name, options.scale)
+    for name in options.policies:
+        if name not in POLICIES:
+            raise InputError("--policies", name, f"one of {', '.join(POLICIES)}")
+
+
+def check_place(name: str, options: Options) -> None:
+    """Raises InputError where the experiment cannot run."""
+    takes = TAKES[name]
+    if takes.live and options.gate != "agent":
+        raise InputError("--gate", options.gate, f"agent: {name} needs the daemons")
+    if takes.namespaces and not options.namespaces:
+        raise InputError("namespaces", "the loopback", f"root: {name} needs network namespaces")

@@ -111,6 +111,8 @@ class AgentGate:
             self._fail_open(flow, "absent")
             return
         offer = None
+        if self._board is not None and self._board.unsettled:
+            self._readable()  # the answer may be there
         if self._board is not None:
             offer = self._board.start(flow, size_bytes, self._domain, has_peer=False)
         flags = 0 if offer is None else _STARTED

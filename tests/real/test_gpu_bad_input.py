@@ -180,6 +180,9 @@ def test_other_wrong_requests_over_http(scheduler: Scheduler) -> None:
         ("/api/jobs?limit=x", "limit"),
         ("/api/jobs/x", "job"),
         ("/api/events?after=-1", "after"),
+        ("/api/jobs?stat=running", "stat"),
+        ("/api/jobs/1?limit=3", "limit"),
+        ("/api/nodes?x=1", "x"),
     ):
         code, said = scheduler.http("GET", path)
         assert (code, said["field"]) == (400, field)
@@ -187,6 +190,14 @@ def test_other_wrong_requests_over_http(scheduler: Scheduler) -> None:
     assert scheduler.http("DELETE", "/api/jobs/77")[0] == 404
     code, said = scheduler.http("POST", "/api/nodes/zz/drain", {})
     assert (code, said["field"]) == (400, "node")
+    for path, body, field in (
+        ("a/drain", {"undo": "false"}, "undo"),
+        ("a/drain?evict=yes", {}, "evict"),
+        ("a/drain", {"evicted": True}, "evicted"),
+    ):
+        code, said = scheduler.http("POST", f"/api/nodes/{path}", body)
+        assert (code, said["field"]) == (400, field)
+    assert not any(node["drained"] for node in scheduler.http("GET", "/api/nodes")[1]["nodes"])
     assert scheduler.jobs() == 0
 
 

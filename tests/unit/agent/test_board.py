@@ -167,6 +167,17 @@ def claimed(board: Board, policy_of_two: Callable[..., DomainPolicy]) -> Claimed
     return Claimed(board, policy_of_two())
 
 
+def test_without_descriptors_an_application_goes_without_a_board(
+    claimed: Claimed, monkeypatch: pytest.MonkeyPatch, board: Board
+) -> None:
+    def full() -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(board, "descriptor", full)
+    claimed.shell.message(claimed.starts, wire.Hello(1, "p"), None)
+    assert claimed.starts.got[-1].flags & wire.WELCOME_BOARD == 0
+
+
 def test_who_asks_waits_for_who_has_started_and_both_are_in_order(claimed: Claimed) -> None:
     claimed.tick(0.05)
     claimed.shell.message(claimed.starts, wire.Open(1, 1, flags=wire.STARTED), None)

@@ -15,6 +15,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
+        self.unsettled = False
 
     def send(self, packet: bytes) -> None:
         self.heard.append(wire.decode_request(packet))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from intentd.core.errors import InputError
+from intentd.testbed.experiments import overall
+from intentd.testbed.experiments.options import Options
 from intentd.testbed.experiments.overall import checks
 from intentd.testbed.metrics import METRICS
 from intentd.testbed.published import PUBLISHED
@@ -26,7 +29,14 @@ from intentd.testbed.results import (
     paired,
     save,
 )
-from intentd.testbed.runner import completion_rows, new_directory, summary
+from intentd.testbed.runner import (
+    check,
+    completion_rows,
+    heeded,
+    new_directory,
+    run_experiment,
+    summary,
+)
 from intentd.testbed.traffic.records import FlowRecord, write_records
 
 
@@ -166,3 +176,28 @@ def test_directories_are_never_used_twice(tmp_path: Path) -> None:
 def test_text_table_pads() -> None:
     text = text_table(["name", "x"], [["a", 1.23456], ["long name", 2.0]])
     assert text.splitlines() == ["name           x", "a          1.235", "long name      2"]
+
+
+async def test_what_was_measured_before_a_crash_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crash(_options: Options, directory: Path, _progress: Any) -> Results:
+        keep(Results("overall", "Half of it", "about"), run("2d", 1, 1.0), directory)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(overall, "run", crash)
+    options = Options(gate="local", namespaces=False)
+    with pytest.raises(OSError, match="No space"):
+        await run_experiment("overall", options, tmp_path, lambda _text: None)
+    found = load(tmp_path)
+    assert len(found.runs) == 1
+    assert "Ended early, with 1 runs: OSError: [Errno 28] No space" in found.notes[-1]
+    assert "Half of it" in (tmp_path / "report.html").read_text()
+
+
+def test_all_leaves_out_what_one_does_not_take_and_says_so() -> None:
+    options = Options(policies=("2d",), seeds=2, namespaces=False)
+    left_out = check("all", options)
+    assert any("not taken by downlink" in text for text in left_out)
+    assert heeded("downlink", options).policies == ()
+    assert heeded("overall", options) == options

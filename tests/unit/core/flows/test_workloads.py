@@ -127,3 +127,9 @@ def test_parse_names_line_value_and_expectation(text: str, says: str) -> None:
 def test_parse_never_crashes(text: str) -> None:
     with contextlib.suppress(InputError):
         parse_cdf(text)
+
+
+def test_sizes_have_an_upper_bound() -> None:
+    with pytest.raises(InputError, match=r"line 2: size_bytes: got 1e\+300, expected .* to 1e\+18"):
+        parse_cdf("1,0\n1e300,1\n")
+    assert parse_cdf("1,0\n1e18,1\n").c2 > 0

@@ -155,3 +155,28 @@ def test_resampled_history_keeps_the_rate():
     assert len(other) == 2000
     assert other.load(64) == pytest.approx(0.8, rel=0.2)
     assert (np.diff(other.submit_s) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (json.dumps([{"submitted_time": "x", "attempts": 3}]), "cluster_job_log[0].attempts"),
+        (json.dumps([{"attempts": [3]}]), "cluster_job_log[0].attempts[0]"),
+        (philly(detail=5), "cluster_job_log[0].attempts[0].detail"),
+        (philly(detail=[5]), "cluster_job_log[0].attempts[0].detail[0]"),
+        (philly(detail=[{"gpus": 5}]), "cluster_job_log[0].attempts[0].detail[0].gpus"),
+        (philly(end_time=5), "cluster_job_log[0].attempts[0].end_time"),
+        ("[" * 100_000, "cluster_job_log"),
+        ('[{"attempts": ' * 100_000, "cluster_job_log"),
+    ],
+    ids=range(8),
+)
+def test_a_malformed_philly_log_names_the_place(text, field):
+    with pytest.raises(InputError) as caught:
+        traces.read_philly(text)
+    assert caught.value.field == field
+
+
+def test_philly_times_may_have_a_zone():
+    zoned = philly(start_time="2017-10-01T12:00:00+02:00", end_time="2017-10-01T11:00:00Z")
+    assert traces.read_philly(zoned).work_gpu_s.tolist() == [7200]

@@ -142,3 +142,109 @@ def test_bad_search_input_is_one_error(options):
     pytest.importorskip("pymoo", reason="the controller extra is not installed")
     result = run(pareto.app, "search", *options)
     assert isinstance(result.exception, InputError)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (["--T", "1"], "--config"),
+        (["--weights", "1"], "--config"),
+        (["--zeta", "0"], "--config"),
+        (["--policy", "wfq"], "--policy"),
+        (["--policy", "srsf", "--delta", ".2"], "--config"),
+    ],
+)
+def test_a_policy_file_and_options_that_say_something_else(tmp_path, options, field):
+    config = tmp_path / "config.json"
+    config.write_text('{"name": "fifo"}')
+    result = run(sim.app, "jobs", *SMALL, "--config", config, *options)
+    assert isinstance(result.exception, InputError)
+    assert result.exception.field == field
+    result = run(sim.app, "jobs", *SMALL, "--config", config, "--policy", "fifo")
+    assert "fifo" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--out", "no/such/x.json"), ("--chart", "x.svg"), ("--chart", "no/x.png")]
+)
+def test_what_cannot_be_written_is_known_before_a_search(tmp_path, monkeypatch, option, name):
+    pytest.importorskip("pymoo", reason="the controller extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(pareto, "_histories", lambda *_: begun.append(1))
+    result = run(pareto.app, "search", *SMALL, option, name)
+    assert isinstance(result.exception, InputError)
+    assert (result.exception.field, begun) == (option, [])
+
+
+def test_a_search_is_printed_whatever_becomes_of_its_chart(tmp_path, monkeypatch):
+    pytest.importorskip("pymoo", reason="the controller extra is not installed")
+    from intentd.controller.search import chart as charts
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(charts, "write_chart", full)
+    chart = tmp_path / "front.html"
+    chart.write_text("the last one")
+    options = ["--evaluations", "10", "--workers", "1", "--samples", "1", "--chart", chart]
+    result = run(pareto.app, "search", *SMALL, *options, "--json")
+    assert isinstance(result.exception, InputError)
+    assert json.loads(result.stdout)["front"]
+    assert [path.name for path in tmp_path.iterdir()] == ["front.html"]
+    assert chart.read_text() == "the last one"
+
+
+def test_failures_from_a_file_or_drawn_delay_jobs(tmp_path):
+    def mean(*options):
+        result = run(sim.app, "jobs", *SMALL, "--policy", "fifo", "--json", *options)
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        return document["avg_jct_s"], document["failures"]
+
+    plain, none = mean()
+    file = tmp_path / "failures.csv"
+    file.write_text("at_s,gpus,repair_s\n100,60,50000\n")
+    assert none == 0
+    assert mean("--failures", file)[0] > plain
+    assert mean("--failures", file)[1] == 1
+    drawn = mean("--mtbf", "6h", "--repair", "2h")
+    assert drawn == mean("--mtbf", "6h", "--repair", "2h")
+    assert drawn[1] > 0
+    assert drawn[0] > plain
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", []),
+        ("at_s,gpus\n", []),
+        ("at_s,gpus,repair_s\n1,x,3\n", []),
+        ("at_s,gpus,repair_s\n1,0,3\n", []),
+        ("at_s,gpus,repair_s\n1,1000,3\n", []),
+        ("at_s,gpus,repair_s\n-1,1,3\n", []),
+        ("at_s,gpus,repair_s\n1,40,9\n2,40,9\n", []),
+        ("at_s,gpus,repair_s\n1,1,3\n", ["--mtbf", "1d"]),
+        (None, ["--mtbf", "1ms"]),
+        (None, ["--mtbf", "0"]),
+        (None, ["--repair", "1h"]),
+    ],
+)
+def test_failures_that_cannot_be(tmp_path, text, options):
+    file = tmp_path / "failures.csv"
+    if text is not None:
+        file.write_text(text)
+        options = [*options, "--failures", file]
+    result = run(sim.app, "jobs", *SMALL, *options)
+    assert isinstance(result.exception, InputError)
+
+
+def test_a_search_records_costs_and_failures(tmp_path):
+    pytest.importorskip("pymoo", reason="the controller extra is not installed")
+    file = tmp_path / "failures.csv"
+    file.write_text("at_s,gpus,repair_s\n100,2,500\n")
+    options = ["--evaluations", "10", "--workers", "1", "--samples", "1", "--start-s", "5"]
+    result = run(pareto.app, "search", *SMALL, *options, "--failures", file, "--json")
+    settings = json.loads(result.stdout)["settings"]
+    assert settings["costs"]["start_s"] == 5
+    assert settings["failures"] == [{"at_s": 100, "gpus": 2, "repair_s": 500}]

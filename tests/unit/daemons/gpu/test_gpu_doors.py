@@ -15,7 +15,7 @@ from intentd.core.jobs.placement import Node
 from intentd.core.jobs.policy import make
 from intentd.core.jobs.predictor import Predictor
 from intentd.core.jobs.spec import spec_from_plain
-from intentd.daemons.ctl.jobs import _fields, read_job
+from intentd.daemons.ctl.jobs import _job_fields, read_job
 from intentd.daemons.gpu.client.progress import report
 from intentd.daemons.gpu.config import GpuConfig
 from intentd.daemons.gpu.executors import SimExecutor
@@ -48,7 +48,7 @@ async def test_simulated_jobs_end_when_their_books_say(tmp_path: Path) -> None:
 def test_a_job_file_and_options(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("command: [python, train.py]\ndemand: {1: 100, 2: 60}\nname: train\n")
-    fields = _fields(None, path, "mine", "", "1-2", "", "", "")
+    fields = _job_fields(file=path, name="mine", gpus="1-2")
     assert fields["name"] == "mine"
     assert spec_from_plain(fields).demand == {1: 100.0, 2: 60.0}
     path.write_text("- no\n")
@@ -58,7 +58,7 @@ def test_a_job_file_and_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="YAML, JSON or TOML"):
         read_job(path)
     with pytest.raises(InputError, match="--gpus"):
-        _fields(None, None, "", "", "two", "", "", "")
+        _job_fields(gpus="two")
 
 
 def test_a_report_is_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

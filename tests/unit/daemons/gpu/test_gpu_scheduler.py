@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from intentd.core.errors import InputError
 from intentd.core.jobs.job import Job, Start, Stop
 from intentd.core.jobs.ledger import Ledger
 from intentd.core.jobs.placement import Node
@@ -143,6 +144,10 @@ async def test_arrays_labels_what_if_and_the_calibration_over_a_restart(tmp_path
         assert await listed(label="team=a") == [3, 2, 1]
         assert await listed(label="team=a", limit=2, before=3) == [2, 1]
         assert await listed(label="big") == [4]
+        assert await listed(array=2) == [3, 2, 1]
+        assert await listed(array=4) == []
+        assert (await service.list_jobs({"limit": 4}, me))["next"] == 0
+        assert (await service.list_jobs({"limit": 3}, me))["next"] == 2
         assert await listed(label='x"; DROP TABLE jobs') == []
         assert [ledger.jobs[job].spec.array_index for job in (1, 2, 3, 4)] == [0, 1, 2, -1]
 
@@ -151,6 +156,8 @@ async def test_arrays_labels_what_if_and_the_calibration_over_a_restart(tmp_path
         # two run until 1000, two wait until 2000; FIFO: nobody is delayed by one that comes last
         assert guess["predicted"]["in_p50_s"] == pytest.approx(2005, abs=5)
         assert guess["delayed_jobs"] == 0
+        several = await service.predict({"size_gpu_s": 10.0, "max_gpus": 2, "array": 5}, me)
+        assert several["predicted"]["in_p50_s"] == pytest.approx(2025, abs=5)
         ledger.set_policy(make("srsf"))
         guess = await service.predict({"size_gpu_s": 10.0}, me)
         assert guess["predicted"]["in_p50_s"] == pytest.approx(10, abs=1)
@@ -168,6 +175,35 @@ async def test_arrays_labels_what_if_and_the_calibration_over_a_restart(tmp_path
     assert calibrator.state() == state
     assert [job.id for job in again.newest(2)] == [3, 4]
     again.store.close()
+
+
+async def test_how_much_was_done_of_jobs_that_did_not_finish(tmp_path: Path) -> None:
+    store, ledger = JobStore(tmp_path / "db"), Ledger([Node("n", 3)])
+    scheduler = Scheduler(ledger, store, Predictor(), SystemClock())
+    scheduler.executor = Recorder()
+    service, me = Service(scheduler, {}), Caller("me", trusted=True)
+    running = asyncio.ensure_future(scheduler.run())
+    try:
+        for _ in range(3):
+            await service.submit({"command": ["x"], "size_gpu_s": 1e6}, me)
+        for job, status in ((1, 0), (2, 1)):
+            scheduler.started(job, 1)
+            scheduler.exited(job, 1, status, "")
+        await service.cancel({"job": 3}, me)
+        scheduler.exited(3, 1, -15, "")
+        async with asyncio.timeout(20), scheduler.changed:
+            await scheduler.changed.wait_for(lambda: scheduler.counts["cancelled"] == 1)
+        rows = (await service.list_jobs({}, me))["jobs"]
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    done = {row["state"]: row["done_percent"] for row in rows}
+    assert done == {"finished": 100.0, "failed": 0.0, "cancelled": 0.0}
+    for wrong in ({"undo": "false"}, {"evict": 1}, {"speed": 1}):
+        with pytest.raises(InputError):
+            await service.drain({"node": "n", **wrong}, me)
+    assert not ledger.nodes["n"].drained
+    store.store.close()
 
 
 async def test_a_job_that_lost_its_node_is_predicted_anew_with_the_cause(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from intentd.daemons.kit.config import (
     Duration,
     Rate,
     Section,
+    check_link_security,
     split_address,
 )
 
@@ -115,6 +116,7 @@ class SequencerSection(Section):
             raise ConfigError(
                 "server_key_file", self.server_key_file, "key_file and server_key_file together"
             )
+        check_link_security(self.endpoint, keyed=bool(self.key_file), where="endpoint")
         for index, address in enumerate(self.fin_addresses):
             host, _ = split_address(address, f"fin_addresses[{index}]")
             try:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import pwd
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from aiohttp import web
@@ -22,26 +20,28 @@ from intentd.controller.alarms import find_alarms
 from intentd.controller.api import Api
 from intentd.controller.application import ApplicationTimers
 from intentd.controller.audit import AuditLog, Entry
+from intentd.controller.commands import APPLICATIONS, CHANGES, SIGNED, answer
 from intentd.controller.config import ControllerConfig
 from intentd.controller.flows_app import APPLICATION, FlowsApplication
-from intentd.controller.jobs_admin import JobsAdmin, author_of, integer, only
 from intentd.controller.jobs_app import JobsApplication
+from intentd.controller.member_changes import MemberChanges
 from intentd.controller.metrics import ControllerMetrics
 from intentd.controller.policies import MIGRATIONS, PolicyBook, StoredPolicy
 from intentd.controller.prompts_app import PromptsApplication
 from intentd.controller.registry import Registry, member_plain
+from intentd.controller.stores import claim, leadership_of
 from intentd.core.errors import InputError, IntentdError, NotLeadingError
 from intentd.core.flows.reports import domain_reports
 from intentd.core.messages import PolicyAck, Report
 from intentd.core.prompts import steering
-from intentd.daemons.kit.admin import AdminRefusedError, peer_uid
-from intentd.daemons.kit.config import database_password
+from intentd.daemons.kit.admin import peer_uid
+from intentd.daemons.kit.changes import Change, account_of
 from intentd.daemons.kit.hub import HubLink, Member
 from intentd.daemons.kit.lifecycle import Daemon, Kit, Tasks, leaves, run_daemon
-from intentd.daemons.kit.locks import LockHeldError, hold_lock
 from intentd.daemons.kit.store import Storage, Store, StoreError
 
 if TYPE_CHECKING:
+    from intentd.controller.console.sessions import Sessions
     from intentd.controller.leader import Leadership
 
 _log = logging.getLogger(__name__)
@@ -50,18 +50,6 @@ STORE: Final = "controller.sqlite3"
 WITNESS: Final = "controller.newest"
 PROBE_INTERVAL_S: Final = 10.0
 PAUSE_S: Final = 1.0
-APPLICATIONS: Final = (flows_app.APPLICATION, jobs_app.APPLICATION, prompts_app.APPLICATION)
-# what goes into the audit log: command -> what of its arguments says what it was about
-CHANGES: Final = {
-    "policy_set": "document",
-    "policy_rollback": "number",
-    "policy_release": "application",
-    "pareto_set": "objectives",
-    "pareto_update": "evaluations",
-    "pareto_cancel": "",
-    "pareto_apply": "choice",
-}
-SIGNED: Final = frozenset({"policy_set", "policy_rollback", "pareto_apply"})  # name an author
 
 
 class Controller(Daemon[ControllerConfig]):
@@ -86,6 +74,8 @@ class Controller(Daemon[ControllerConfig]):
         self._prompts: PromptsApplication | None = None
         self._book: PolicyBook | None = None
         self._audit: AuditLog | None = None
+        self._member_changes: MemberChanges | None = None
+        self.sessions: Sessions | None = None  # of the console, which is an extra
         self._timers: ApplicationTimers[Any, Any, Any, Any] | None = None
         self._jobs_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
         self._prompts_timers: ApplicationTimers[Any, Any, Any, Any] | None = None
@@ -131,6 +121,9 @@ class Controller(Daemon[ControllerConfig]):
         self.hub = self._make_hub()
         self.metrics.leading.set(True)
         self._audit = AuditLog(store, kit.clock.wall)
+        self._member_changes = MemberChanges(self._audit)
+        if self.sessions is not None:
+            await self.sessions.load(store)
         self._book = PolicyBook(
             self._store,
             witness=config.run_dir / WITNESS,
@@ -182,13 +175,14 @@ class Controller(Daemon[ControllerConfig]):
         tasks.create_task(self._jobs_timers.run(), name="jobs-timers")
         tasks.create_task(self._jobs.run(), name="jobs-search")
         tasks.create_task(self._prompts_timers.run(), name="prompts-timers")
+        tasks.create_task(self._member_changes.run(), name="member-changes")
 
     async def _end_term(self) -> None:
         """Stop speaking first; what is in memory is the next leader's to read from the store."""
         await self.hub.stop()
         self.metrics.leading.set(False)
         self._flows = self._jobs = self._prompts = None
-        self._book = self._audit = None
+        self._book = self._audit = self._member_changes = None
         self._timers = self._jobs_timers = self._prompts_timers = None
         store, self._store = self._store, None
         if store is not None:
@@ -329,7 +323,16 @@ class Controller(Daemon[ControllerConfig]):
                 self._measure()
             if self._store is not None and self._store.unready():
                 await self._store.run(lambda store: store.probe())
+            await self.keep_sessions()
             await self.kit.clock.sleep(PROBE_INTERVAL_S)
+
+    async def keep_sessions(self) -> None:
+        """Where that is not possible now (a full disk, a standby) they live in memory alone."""
+        if self.sessions is not None and self._store is not None:
+            try:
+                await self.sessions.keep(self._store)
+            except StoreError as error:
+                _log.warning("sessions are not kept", extra={"error": str(error)})
 
     def _measure(self) -> None:
         members = self.hub.members()
@@ -367,6 +370,12 @@ class Controller(Daemon[ControllerConfig]):
     def _report(self, member: Member, report: Report) -> None:
         self.registry.report(member, report.sequence)
         self._compare_numbers(member)
+        if "changes" in report.body and self._member_changes is not None:
+            who = f"{member.role}/{member.name}"
+            try:
+                self._member_changes.take(who, member.boot, report.body["changes"])
+            except InputError as error:
+                self._bad(member, error)
         if "jobs" in report.body and member.role == "gpu":
             try:
                 self.jobs.take_report(member.key, report.body["jobs"])
@@ -472,7 +481,7 @@ class Controller(Daemon[ControllerConfig]):
 
     def policy(self, number: int | None, application: str = APPLICATION) -> dict[str, Any]:
         """One policy whole, with who runs it; None: the newest. Raises InputError."""
-        newest = self._applied(application)[0].newest
+        newest = self.applied(application)[0].newest
         found = newest if number is None else self.book.get(application, number)
         if found is None:
             raise InputError("number", number, "a policy: none was issued yet")
@@ -522,8 +531,10 @@ class Controller(Daemon[ControllerConfig]):
         )
         return [alarm.to_plain() for alarm in found]
 
-    async def note(self, uid: int, command: str, about: str, result: str) -> None:
-        await self.record(Entry(_account(uid), "admin", command, about, result=result))
+    async def note(self, change: Change) -> None:
+        await self.record(
+            Entry(change.who, change.via, change.action, change.about, result=change.result)
+        )
 
     async def record(self, entry: Entry) -> None:
         """Into the audit log; where that cannot be written (the table is the leader's, a full disk)
@@ -538,7 +549,7 @@ class Controller(Daemon[ControllerConfig]):
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         if command in CHANGES and not args.get("preview"):
-            return await self.change(command, args, who=_account(peer_uid.get()), via="admin")
+            return await self.change(command, args, who=account_of(peer_uid.get()), via="admin")
         return await self.command(command, args)
 
     async def change(
@@ -550,137 +561,36 @@ class Controller(Daemon[ControllerConfig]):
         before = self._number_of(name)
         about = f"{name}: {args.get(CHANGES[command], '')}" if CHANGES[command] else str(name)
         try:
-            answer = await self.command(command, signed)
+            done = await self.command(command, signed)
         except IntentdError as error:
             await self.record(Entry(who, via, command, about, before, result=f"refused: {error}"))
             raise
         await self.record(Entry(who, via, command, about, before, self._number_of(name)))
-        return answer
+        return done
 
     def _number_of(self, application: object) -> str:
         """ERA.NUMBER in force; "" where there is none."""
         if application not in APPLICATIONS:
             return ""
-        newest = self._applied(str(application))[0].newest
+        newest = self.applied(str(application))[0].newest
         return "" if newest is None else f"{newest.era}.{newest.number}"
 
     async def command(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         """One command, without the audit log. Raises IntentdError."""
-        match command:
-            case "members":
-                only(args)
-                return {"members": self.members()}
-            case "domains":
-                only(args)
-                return self.domains_page()
-            case "flows":
-                only(args, "domain")
-                return self.flows_page(args.get("domain"))
-            case "policy_list":
-                only(args, "limit", "application")
-                return self.policies_page(integer(args, "limit", 20), _application(args))
-            case "policy_show":
-                only(args, "number", "application")
-                number = args.get("number")
-                return self.policy(
-                    None if number is None else integer(args, "number", 0), _application(args)
-                )
-            case "policy_set":
-                only(args, "document", "author", "application")
-                application, timers = self._applied(_application(args))
-                if isinstance(application, JobsApplication):
-                    raise InputError("application", application.name, "flows or prompts")
-                async with timers.lock:
-                    issued = await application.set_policy(
-                        args.get("document"), author=author_of(args)
-                    )
-                return {"issued": None if issued is None else issued.to_plain(whole=False)}
-            case "policy_rollback":
-                only(args, "number", "author", "application")
-                number = integer(args, "number", None)
-                application, timers = self._applied(_application(args))
-                async with timers.lock:
-                    issued = await application.rollback(number, author=author_of(args))
-                return {"issued": issued.to_plain(whole=False)}
-            case "policy_release":
-                only(args, "application")
-                application, timers = self._applied(_application(args))
-                async with timers.lock:
-                    released = await application.release()
-                timers.wake()
-                return {"released": released}
-            case "prompts":
-                only(args)
-                return self.prompts.describe()
-            case "alarms":
-                only(args)
-                return {"alarms": self.alarms()}
-            case "audit":
-                only(args, "limit", "before")
-                return self.audit_page(integer(args, "limit", 100), integer(args, "before", 0))
-        if command.startswith("pareto_"):
-            return await JobsAdmin(self.jobs).answer(command, args)
-        raise AdminRefusedError(
-            f"command {command!r:.80}: unknown to controller", "unknown_command"
-        )
+        return await answer(self, command, args)
 
-    def _applied(
+    def applied(
         self, application: str
     ) -> tuple[
         FlowsApplication | JobsApplication | PromptsApplication,
         ApplicationTimers[Any, Any, Any, Any],
     ]:
+        """An application by its name, and its timers."""
         if application == prompts_app.APPLICATION:
             return self.prompts, self.prompts_timers
         if application == jobs_app.APPLICATION:
             return self.jobs, self.jobs_timers
         return self.flows, self.timers
-
-
-def _application(args: dict[str, Any]) -> str:
-    name = args.get("application", APPLICATION)
-    if name not in APPLICATIONS:
-        raise InputError("application", f"{name!r:.60}", f"one of {', '.join(APPLICATIONS)}")
-    return str(name)
-
-
-def _account(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except (KeyError, OverflowError):
-        return f"uid-{uid}"
-
-
-def leadership_of(config: ControllerConfig, kit: Kit) -> Leadership:
-    """Not yet asked for. Raises ConfigError, IntentdError without the driver."""
-    password = database_password(config.store.password_env)
-    try:
-        from intentd.controller.leader import Leadership, Me
-    except ImportError as error:
-        raise IntentdError(
-            f"store.url: {error.name} is not installed: pip install 'intentd[controller-postgres]'"
-        ) from None
-    return Leadership(
-        config.store.url,
-        password=password,
-        timeout_s=config.store.timeout_s,
-        lease_s=config.store.lease_s,
-        me=Me(config.name, config.host, config.hub.bind, kit.boot),
-        clock=kit.clock,
-        migrations=MIGRATIONS,
-    )
-
-
-def claim(store: Path) -> int:
-    """Hold the store for this process; the descriptor to close. Raises IntentdError."""
-    path = store.with_name(store.name + ".lock")
-    try:
-        return hold_lock(path)
-    except LockHeldError as error:
-        raise IntentdError(
-            f"state_dir: {store} is in use by process {error.owner}: one controller a store; "
-            "a pair needs store.url"
-        ) from None
 
 
 def main() -> int:

@@ -55,6 +55,13 @@ MIGRATIONS: Final = (
     """,
     "CREATE TABLE intents (name TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;",
     audit.MIGRATION,
+    audit.MEMBERS_MIGRATION,
+    """
+    CREATE TABLE sessions (
+        cookie_hash TEXT PRIMARY KEY, token_hash TEXT NOT NULL, began_wall_s REAL NOT NULL,
+        used_wall_s REAL NOT NULL
+    ) STRICT;
+    """,
 )
 
 

@@ -18,7 +18,7 @@ import intentd
 from intentd.daemons.ctl.daemon import DAEMONS, daemon_class
 from intentd.daemons.ctl.main import GROUPS, app
 from intentd.daemons.gpu.launcher import arguments
-from intentd.daemons.kit.config import describe
+from intentd.daemons.kit.settings import describe
 
 EXIT = (
     ("0", "everything is as it should be"),

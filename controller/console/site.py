@@ -56,13 +56,14 @@ class Console:
         self._templates = environment()
         self._live = Live(self._pages.news)
         self._door: Door | None = None
-        self._sessions: Sessions | None = None
+        self.sessions: Sessions | None = None
         self._guesses = Guesses(controller.kit.clock.now)
         self._flash: dict[str, tuple[str, str]] = {}  # csrf value -> (kind, text) for the next page
 
     def add_routes(self, app: web.Application) -> None:
         door = self._door = app[DOOR]
-        self._sessions = Sessions(door.book, self._controller.kit.clock.now)
+        self.sessions = Sessions(door.book, self._controller.kit.clock.wall)
+        self._controller.sessions = self.sessions
         door.identify = self._identify
         door.open_path = lambda path: path in OPEN or path.startswith(BASE + "static/")
         door.on_refused = self._refused
@@ -102,9 +103,9 @@ class Console:
 
     def _session(self, request: web.Request) -> tuple[Session, Role, str] | None:
         cookie = request.cookies.get(COOKIE, "")
-        if not cookie or self._sessions is None:
+        if not cookie or self.sessions is None:
             return None
-        found = self._sessions.find(cookie)
+        found = self.sessions.find(cookie)
         return None if found is None else (found[0], found[1].role, found[1].name)
 
     async def _identify(self, request: web.Request) -> Caller | None:
@@ -201,7 +202,7 @@ class Console:
         return self._render(request, "login.html", {"wanted": wanted, "error": ""})
 
     async def _login(self, request: web.Request) -> web.Response:
-        assert self._sessions is not None
+        assert self.sessions is not None
         assert self._door is not None
         if not self._checked_origin(request):
             return self._render(request, "error.html", {"text": "Origin: not this site."}, 403)
@@ -224,9 +225,11 @@ class Console:
             return self._render(request, "login.html", {"wanted": wanted, "error": text}, 403)
         self._guesses.right(address)
         await self._controller.record(Entry(token.name, "console", "login", address))
+        cookie = self.sessions.open(token)
+        await self._controller.keep_sessions()
         answer = web.Response(status=303, headers={"Location": wanted})
         answer.set_cookie(
-            COOKIE, self._sessions.open(token), path=BASE, httponly=True, samesite="Strict",
+            COOKIE, cookie, path=BASE, httponly=True, samesite="Strict",
             secure=self._door.secure,
         )  # fmt: skip
         return answer
@@ -238,8 +241,9 @@ class Console:
             genuine = Sessions.same(found[0], str(form.get("csrf", "")))
             if not genuine or not self._checked_origin(request):
                 return self._render(request, "error.html", {"text": "Not a form of ours."}, 403)
-            assert self._sessions is not None
-            self._sessions.close(request.cookies.get(COOKIE, ""))
+            assert self.sessions is not None
+            self.sessions.close(request.cookies.get(COOKIE, ""))
+            await self._controller.keep_sessions()
         answer = web.Response(status=303, headers={"Location": BASE})
         answer.del_cookie(COOKIE, path=BASE)
         return answer

@@ -59,7 +59,8 @@ def config_model(role: str) -> Any:
 
 def settings_table(role: str) -> str:
     """A role's own settings in Markdown; those that all daemons share are role "common"."""
-    from intentd.daemons.kit.config import DaemonConfig, markdown_table
+    from intentd.daemons.kit.config import DaemonConfig
+    from intentd.daemons.kit.settings import markdown_table
 
     return markdown_table(config_model(role), None if role == "common" else DaemonConfig)
 
@@ -111,8 +112,8 @@ def config(
     as_json: JsonOption = False,
 ) -> None:
     """List a role's settings: path, type, default, description. Role common: what all share."""
-    from intentd.daemons.kit.config import describe, with_settings
     from intentd.daemons.kit.config_example import example
+    from intentd.daemons.kit.settings import describe, with_settings
 
     if running:
         print_json(admin_client(role).call("config"))

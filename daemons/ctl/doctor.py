@@ -68,7 +68,8 @@ def examine(facts: Facts) -> list[Row]:
     """Every check, as (who, claim)."""
     rows: list[Row] = []
     for check in (
-        answers, readiness, proofs, versions, policies, clocks, links, keys, directories, sockets,
+        answers, readiness, configurations, proofs, versions, policies, clocks, links, keys,
+        directories, sockets,
     ):  # fmt: skip
         rows += check(facts)
     return rows
@@ -96,6 +97,21 @@ def readiness(facts: Facts) -> Iterator[Row]:
         found = "; ".join(status["reasons"]) or "ready"
         cure = "" if status["ready"] else "see the reason in docs/operations.md, failures and cures"
         yield role, Claim("ready", "the daemon is ready", status["ready"], found, cure)
+
+
+def configurations(facts: Facts) -> Iterator[Row]:
+    """A daemon runs its file, not the one before."""
+    for role, status in facts.status.items():
+        last = status["reload"]
+        stands = not last["fallback"] and last["outcome"] not in ("refused", "returned", "stuck")
+        found = f"generation {status['generation']}"
+        if last["fallback"]:
+            found += f", the last good one: {last['fallback']}"
+        elif not stands:
+            found += f": {last['outcome']}: {last['reason']}"
+        path = status["config_path"] or "the defaults"
+        cure = "" if stands else f"mend {path}; intentctl reload {role}"
+        yield role, Claim("config", f"runs {path} as it was last loaded", stands, found, cure)
 
 
 def proofs(facts: Facts) -> Iterator[Row]:

@@ -18,10 +18,10 @@ from typing import IO, Any, Final, TypedDict
 from intentd.core.errors import IntentdError
 from intentd.daemons.kit.admin import AdminClient, AdminRefusedError, AdminUnreachableError
 from intentd.daemons.kit.config import admin_path
-from intentd.daemons.kit.files import write_atomically
+from intentd.daemons.kit.files import prepare_directory, write_atomically
 from intentd.daemons.kit.holder import FdHolder
 from intentd.daemons.kit.keys import new_fin_key, write_fin_key
-from intentd.daemons.kit.lifecycle import EXIT_USAGE, prepare_directory
+from intentd.daemons.kit.starting import EXIT_USAGE
 from intentd.daemons.kit.tokens import new_secret, token_hash
 
 BACKOFF_MIN_S: Final = 0.5

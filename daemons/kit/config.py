@@ -7,16 +7,13 @@ docs/operations.md is generated from it. ``INTENTD_<ROLE>__SECTION__KEY=value`` 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import socket
 import tomllib
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -98,6 +95,18 @@ def default_run_dir() -> Path:
     if runtime:
         return Path(runtime) / "intentd"
     return Path(f"/tmp/intentd-{os.geteuid()}")  # noqa: S108  mode 0700, owner checked on use
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or bool(re.match(r"127(\.[0-9]{1,3}){3}\Z", host))
+
+
+def check_link_security(endpoint: str, *, keyed: bool, where: str) -> None:
+    """Refuse to listen or to connect beyond this machine without keys. Raises ConfigError."""
+    if endpoint.startswith("tcp://") and not keyed:
+        host, _, _ = endpoint.removeprefix("tcp://").rpartition(":")
+        if not is_loopback(host.removeprefix("[").removesuffix("]")):
+            raise ConfigError(where, endpoint, "a loopback address, or key_file set (CURVE)")
 
 
 class LogSection(Section):
@@ -217,6 +226,8 @@ class ControllerSection(Section):
             raise ConfigError(
                 "server_key_file", self.server_key_file, "key_file and server_key_file together"
             )
+        for endpoint in self.endpoints:
+            check_link_security(endpoint, keyed=bool(self.key_file), where="endpoint")
         if self.backoff_max_s < self.backoff_min_s:
             raise ConfigError("backoff_max_s", self.backoff_max_s, "at least backoff_min_s")
         return self
@@ -254,7 +265,7 @@ class HubSection(Section):
     def _check(self) -> HubSection:
         if bool(self.key_file) != bool(self.allow_file):
             raise ConfigError("allow_file", self.allow_file, "key_file and allow_file together")
-        check_bind_security(self.bind, keyed=bool(self.key_file), where="bind")
+        check_link_security(self.bind, keyed=bool(self.key_file), where="bind")
         return self
 
 
@@ -345,18 +356,6 @@ def split_address(text: str, where: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(where, text, "address:port, such as 127.0.0.1:7401")
     return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or bool(re.match(r"127(\.[0-9]{1,3}){3}\Z", host))
-
-
-def check_bind_security(endpoint: str, *, keyed: bool, where: str) -> None:
-    """Refuse to listen beyond this machine without keys. Raises ConfigError."""
-    if endpoint.startswith("tcp://") and not keyed:
-        host, _, _ = endpoint.removeprefix("tcp://").rpartition(":")
-        if not is_loopback(host.removeprefix("[").removesuffix("]")):
-            raise ConfigError(where, endpoint, "a loopback address, or key_file set (CURVE)")
 
 
 def check_database(url: str, password_env: str) -> None:
@@ -497,17 +496,17 @@ def _known_names(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
             is_key = False
             continue
         field = current.model_fields.get(str(part)) if current is not None else None
-        current = None if field is None else _nested_model(field.annotation)
+        current = None if field is None else nested_model(field.annotation)
         is_key = field is not None and get_origin(field.annotation) is dict
     return [] if current is None else list(current.model_fields)
 
 
-def _nested_model(annotation: Any) -> type[BaseModel] | None:
+def nested_model(annotation: Any) -> type[BaseModel] | None:
     """The model inside ``Model``, ``tuple[Model, ...]``, ``dict[str, Model]``, ``Model | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in get_args(annotation):
-        found = _nested_model(inner)
+        found = nested_model(inner)
         if found is not None:
             return found
     return None
@@ -539,7 +538,7 @@ def _annotation_at(model: type[BaseModel], parts: list[str]) -> Any:
     current: type[BaseModel] | None = model
     for part in parts[:-1]:
         field = current.model_fields.get(part) if current is not None else None
-        current = None if field is None else _nested_model(field.annotation)
+        current = None if field is None else nested_model(field.annotation)
     last = current.model_fields.get(parts[-1]) if current is not None else None
     return None if last is None else last.annotation
 
@@ -552,92 +551,3 @@ def _env_value(text: str, annotation: Any) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         return text
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """One setting: path in the file, type, default as TOML-like text, what it does."""
-
-    path: str
-    kind: str
-    default: str
-    description: str
-
-
-def describe(model: type[BaseModel], prefix: str = "", *, role: str = "") -> Iterator[Described]:
-    """Every setting of a model, depth first, in the order of the file."""
-    for name, field in model.model_fields.items():
-        nested = _nested_model(field.annotation)
-        path = f"{prefix}{name}"
-        if nested is not None:
-            is_list = get_origin(field.annotation) in (tuple, list)
-            is_map = get_origin(field.annotation) is dict
-            if is_list or is_map:
-                yield Described(path, "tables", "[]" if is_list else "{}", field.description or "")
-            inner = f"{path}[]." if is_list else f"{path}.NAME." if is_map else f"{path}."
-            yield from describe(nested, inner, role=role)
-            continue
-        yield Described(
-            path, _kind(field.annotation), _default_text(field), field.description or ""
-        )
-
-
-def _kind(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kind(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_kind(arg) for arg in get_args(annotation) if arg is not type(None))
-    if origin in (tuple, list):
-        return f"list of {_kind(get_args(annotation)[0])}"
-    if origin is not None and not isinstance(origin, type):
-        return " | ".join(str(arg) for arg in get_args(annotation))
-    names = {str: "text", bool: "true/false", int: "integer", float: "number", Path: "path"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _default_text(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    if field.default_factory is not None:
-        return "(of this machine)"
-    return toml_value(field.default)
-
-
-def toml_value(value: Any) -> str:
-    """A plain value as TOML text."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "(none)"
-    if isinstance(value, (int, float)):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
-    return json.dumps(str(value))
-
-
-def markdown_table(model: type[BaseModel], without: type[BaseModel] | None = None) -> str:
-    """The settings of a model, less those of another, as a table of docs/operations.md."""
-    known = {row.path for row in describe(without)} if without is not None else set()
-    lines = ["| setting | type | default | what it does |", "|---|---|---|---|"]
-    for row in describe(model):
-        if row.path not in known:
-            text = row.description.replace("|", "\\|")
-            lines.append(f"| `{row.path}` | {row.kind} | `{row.default}` | {text} |")
-    return "\n".join(lines) + "\n"
-
-
-def with_settings(document: str, role: str, table: str) -> str:
-    """A Markdown document with the table between its two markers of a role replaced.
-
-    Raises ConfigError when the markers are not there.
-    """
-    start, end = f"<!-- settings: {role} -->\n", f"<!-- end of settings: {role} -->"
-    before, found, rest = document.partition(start)
-    _, found_end, after = rest.partition(end)
-    if not (found and found_end):
-        raise ConfigError("document", f"no {start.strip()}", f"the lines {start.strip()} and {end}")
-    return before + start + "\n" + table + "\n" + end + after

@@ -7,7 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel
 
-from intentd.daemons.kit.config import Described, describe
+from intentd.daemons.kit.settings import Described, describe
 
 _WIDTH: Final = 98
 # What stands for a default that is not a value: the setting is commented out all the same.

@@ -1,4 +1,5 @@
-"""Files that users name, read once within bounds; small files that must survive a crash whole."""
+"""Files that users name, read once within bounds; small files that must survive a crash whole, and
+the directories they live in."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
-from intentd.core.errors import InputError
+from intentd.core.errors import InputError, IntentdError
 
 
 def read_text(path: Path, field: str, most_bytes: int) -> str:
@@ -67,3 +69,17 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def prepare_directory(path: Path, mode: int) -> None:
+    """Make a directory; one in a shared place (/tmp) must be ours alone. Raises IntentdError."""
+    try:
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(mode)
+        found = path.stat(follow_symlinks=False)
+    except OSError as error:
+        raise IntentdError(f"cannot make directory {path}: {error.strerror}") from None
+    parent = path.parent.stat()
+    if parent.st_mode & stat.S_ISVTX and found.st_uid not in (0, os.geteuid()):
+        raise IntentdError(f"{path}: owned by uid {found.st_uid}, expected this user's directory")

@@ -33,7 +33,8 @@ class Outcome(enum.Enum):
     """STARTED: no reload yet. TAKEN: it runs, on trial until its window has passed. CONFIRMED: it
     has, in readiness. UNCONFIRMED: it has, but the daemon was unready before the swap and still is.
     REFUSED: nothing changed. RETURNED: readiness was lost, the last good one runs. STUCK: it was
-    lost, and the last good one could not be taken either."""
+    lost, and the last good one could not be taken either. FALLBACK: the file was wrong at the
+    start, the last good one runs."""
 
     STARTED = "started"
     TAKEN = "taken"
@@ -42,6 +43,7 @@ class Outcome(enum.Enum):
     REFUSED = "refused"
     RETURNED = "returned"
     STUCK = "stuck"
+    FALLBACK = "fallback"
 
 
 class ReturnedError(IntentdError):
@@ -75,8 +77,15 @@ class Generations(Generic[C]):
     """
 
     def __init__(
-        self, directory: Path, role: str, config: C, source: bytes, wall: Callable[[], float]
+        self,
+        directory: Path,
+        role: str,
+        config: C,
+        source: bytes,
+        wall: Callable[[], float],
+        refused: str = "",
     ) -> None:
+        """refused: why the file did not run at the start, but this, which is the last good one."""
         self._good_path = good_path(directory, role)
         self._number_path = directory / f"{role}.generation.json"
         self._wall = wall
@@ -86,7 +95,9 @@ class Generations(Generic[C]):
         self.on_trial = False
         self.requests = 0
         self.verdict: tuple[int, Outcome, str] = (0, Outcome.STARTED, "")
-        self.last = Change(Outcome.STARTED, "start", wall())
+        self.fallback = refused
+        outcome = Outcome.FALLBACK if refused else Outcome.STARTED
+        self.last = Change(outcome, "start", wall(), refused)
 
     @property
     def number(self) -> int:
@@ -102,6 +113,7 @@ class Generations(Generic[C]):
         self.requests += 1
         self.running = Generation(self.number + 1, config, source)
         self.on_trial = True
+        self.fallback = ""
         self.last = Change(Outcome.TAKEN, by, self._wall())
         return self.number
 
@@ -149,6 +161,7 @@ class Generations(Generic[C]):
             "wall_s": round(last.wall_s, 3),
             "reason": last.reason,
             "on_trial": self.on_trial,
+            "fallback": self.fallback,
             "requests": self.requests,
             "good": self.good.number,
             "kept": str(self._good_path) if self._kept else "",

@@ -14,9 +14,7 @@ daemon did to the host is undone, and the process exits 1.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import gc
 import json
 import logging
@@ -24,8 +22,6 @@ import os
 import random
 import secrets
 import signal
-import stat
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -35,22 +31,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 import intentd
 from intentd.core.errors import IntentdError
 from intentd.daemons.kit.admin import AdminRefusedError, AdminServer, peer_uid
+from intentd.daemons.kit.changes import Change, Changes, account_of
 from intentd.daemons.kit.claims import Claim
 from intentd.daemons.kit.clock import Clock, SystemClock
-from intentd.daemons.kit.config import (
-    CommonConfig,
-    InvalidConfigError,
-    default_config_path,
-    parse_config,
-    read_source,
-)
+from intentd.daemons.kit.config import CommonConfig
 from intentd.daemons.kit.draining import Drain, timeout_of
+from intentd.daemons.kit.files import prepare_directory
 from intentd.daemons.kit.generations import Generations
 from intentd.daemons.kit.held import Held
 from intentd.daemons.kit.locks import LockHeldError, hold_lock
 from intentd.daemons.kit.logs import configure_logging
 from intentd.daemons.kit.metrics import Metrics
 from intentd.daemons.kit.reloading import Reloader
+from intentd.daemons.kit.starting import EXIT_OK, Start, start_of
 from intentd.daemons.kit.status import StatusServer
 from intentd.daemons.kit.systemd import Notifier
 from intentd.daemons.kit.tokens import FILE as TOKENS_FILE
@@ -66,9 +59,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 10.0
-EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
 
 C = TypeVar("C", bound=CommonConfig)
 T = TypeVar("T")
@@ -119,7 +110,11 @@ class Kit:
     held: Held = field(default_factory=lambda: Held(Notifier()))
     link: MemberLink | HubLink | None = None
     unready: Callable[[], list[str]] = list  # why it is not ready, once it started
+    changes: Changes = field(init=False)
     _stop: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.changes = Changes(self.clock.wall)
 
     def request_stop(self, reason: str) -> None:
         """Stop the daemon in order, as SIGTERM would."""
@@ -199,8 +194,8 @@ class Daemon(Generic[C]):
     def add_routes(self, app: web.Application) -> None:
         """More HTTP routes on the status endpoint, before it starts."""
 
-    async def note(self, uid: int, command: str, about: str, result: str) -> None:
-        """A change that the lifecycle made for the user uid: reload, tokens. For an audit log."""
+    async def note(self, change: Change) -> None:
+        """Something was changed: a reload, tokens, a drain. For an audit log."""
 
 
 class Lifecycle(Generic[C]):
@@ -209,24 +204,25 @@ class Lifecycle(Generic[C]):
     def __init__(
         self,
         daemon_class: type[Daemon[C]],
-        config: C,
+        start: Start[C],
         kit: Kit,
-        read: Callable[[], tuple[C, bytes]],
-        source: bytes = b"",
     ) -> None:
-        """read: the configuration as it is now, and the file it comes from. source: that of
-        config."""
+        config = start.config
         self.kit = kit
+        self._refused = start.refused
         self.daemon = daemon_class(config, kit)
         self._reloader = Reloader(
-            Generations(config.state_dir, config.role, config, source, kit.clock.wall),
+            Generations(
+                config.state_dir, config.role, config, start.source, kit.clock.wall, start.refused
+            ),
             clock=kit.clock,
             metrics=kit.metrics,
             notifier=kit.notifier,
             fixed=daemon_class.fixed,
-            read=read,
+            read=start.read,
             swap=self._swap,
             unready=self.daemon.unready,
+            told=lambda reason: self._note("", "trial", "reload", "", reason),
         )
         self._started_s = kit.clock.now()
         self._started_wall_s = kit.clock.wall()
@@ -314,6 +310,8 @@ class Lifecycle(Generic[C]):
         self._serving = True
         kit.unready = self.daemon.unready
         self._reloader.start(self._tasks)
+        if self._refused:
+            await self._tell_fallback()
         kit.metrics.ready.set_function(lambda: float(not self.unready()))
         gc.collect()
         gc.freeze()  # start-up objects live for ever: never scan them again
@@ -327,6 +325,13 @@ class Lifecycle(Generic[C]):
                 "admin": str(config.admin_path),
             },
         )
+
+    async def _tell_fallback(self) -> None:
+        number = self._reloader.generations.number
+        self.kit.metrics.reloads.labels("fallback").inc()
+        _log.critical("runs the last good configuration", extra={"refused": self._refused})
+        text = f"generation {number}: {self._refused}"
+        await self._note("", "start", "start", str(self.kit.config_path), text)
 
     async def _drain(self) -> None:
         self._serving = False
@@ -379,8 +384,16 @@ class Lifecycle(Generic[C]):
             self._tasks.create_task(self._reload_quietly(), name="reload")
 
     async def _reload_quietly(self) -> None:
-        with contextlib.suppress(IntentdError):  # logged, counted and shown in status
-            await self.reload("SIGHUP")
+        """What becomes of it is logged, counted, shown in status and noted."""
+        try:
+            answer = await self.reload("SIGHUP")
+        except IntentdError as error:
+            await self._note("", "signal", "reload", "", f"refused: {error}")
+        else:
+            await self._note("", "signal", "reload", "", f"generation {answer['generation']}")
+
+    async def _note(self, who: str, via: str, action: str, about: str, result: str) -> None:
+        await self.daemon.note(self.kit.changes.add(who, via, action, about, result))
 
     def log_dump(self) -> None:
         document = {
@@ -485,13 +498,15 @@ class Lifecycle(Generic[C]):
         return await self.daemon.admin(command, args)
 
     async def _change(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
-        uid, about = peer_uid.get(), str(args.get("name", ""))[:128]
+        who, about, result = account_of(peer_uid.get()), str(args.get("name", ""))[:128], "done"
         try:
             if command == "reload":
-                answer = await self.reload("intentctl", confirm=bool(args.get("confirm", False)))
+                confirm = bool(args.get("confirm", False))
+                answer = await self.reload("intentctl", confirm=confirm)
+                result = f"generation {answer['generation']}"
             elif command == "drain":
                 about = "undo" if args.get("undo") is True else ""
-                answer = await self._drain_or_not(args, uid)
+                answer = await self._drain_or_not(args)
             elif command == "tokens.new":
                 made, secret = self._tokens().new(
                     args.get("name"), args.get("role"), args.get("expires_wall_s")
@@ -500,18 +515,18 @@ class Lifecycle(Generic[C]):
             else:
                 answer = {"token": self._tokens().revoke(args.get("name")).to_plain()}
         except IntentdError as error:
-            await self.daemon.note(uid, command, about, f"refused: {error}")
+            await self._note(who, "admin", command, about, f"refused: {error}")
             raise
-        await self.daemon.note(uid, command, about, "done")
+        await self._note(who, "admin", command, about, result)
         return answer
 
-    async def _drain_or_not(self, args: dict[str, Any], uid: int) -> dict[str, Any]:
+    async def _drain_or_not(self, args: dict[str, Any]) -> dict[str, Any]:
         timeout_s = timeout_of(args.get("timeout_s"), self.config.drain_timeout_s)
         if not self._serving:
             raise AdminRefusedError("drain: " + "; ".join(self.unready()))
         if args.get("undo", False):
             return await self._out.undo()
-        return await self._out.begin(self._tasks, f"uid {uid}", timeout_s)
+        return await self._out.begin(self._tasks, f"uid {peer_uid.get()}", timeout_s)
 
     def _tokens(self) -> TokenBook:
         if self._status is None:
@@ -537,20 +552,6 @@ class Lifecycle(Generic[C]):
             self._lock_file = None
 
 
-def prepare_directory(path: Path, mode: int) -> None:
-    """Make a directory; one in a shared place (/tmp) must be ours alone. Raises IntentdError."""
-    try:
-        if not path.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
-            path.chmod(mode)
-        found = path.stat(follow_symlinks=False)
-    except OSError as error:
-        raise IntentdError(f"cannot make directory {path}: {error.strerror}") from None
-    parent = path.parent.stat()
-    if parent.st_mode & stat.S_ISVTX and found.st_uid not in (0, os.geteuid()):
-        raise IntentdError(f"{path}: owned by uid {found.st_uid}, expected this user's directory")
-
-
 def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     """The single exceptions in a group."""
     found: list[BaseException] = []
@@ -573,56 +574,24 @@ def journal() -> bool:
     return given == f"{found.st_dev}:{found.st_ino}"
 
 
-def parse_arguments(role: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"intentd-{role}", description=f"The {role} daemon of intentd.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help=f"TOML file (default: {default_config_path(role)} if it exists, else the defaults)",
-    )
-    parser.add_argument(
-        "--check-config", action="store_true", help="validate the configuration and exit"
-    )
-    parser.add_argument("--version", action="version", version=f"intentd {intentd.__version__}")
-    return parser.parse_args(argv)
-
-
 def run_daemon(daemon_class: type[Daemon[Any]], argv: Sequence[str] | None = None) -> int:
     """Parse arguments and configuration, then run until stopped. Returns the exit status."""
     role = daemon_class.role
     model = daemon_class.config_model
     if model.role != role:
         raise TypeError(f"{model.__name__}.role is {model.role!r}, expected {role!r}")
-    arguments = parse_arguments(role, argv)
-    path: Path | None = arguments.config
-    if path is None and default_config_path(role).exists():
-        path = default_config_path(role)
-
-    def read() -> tuple[Any, bytes]:
-        source = read_source(path)
-        return parse_config(model, source, os.environ), source
-
-    try:
-        config, source = read()
-    except InvalidConfigError as error:
-        origin = path or "environment"
-        for item in error.errors:
-            print(f"intentd-{role}: {origin}: {item}", file=sys.stderr)
-        return EXIT_USAGE
-    if arguments.check_config:
-        print(f"intentd-{role}: {path or 'defaults'}: ok")
-        return EXIT_OK
+    start = start_of(role, model, argv)
+    if isinstance(start, int):
+        return start
+    config = start.config
     os.umask(os.umask(0) | 0o027)
     configure_logging(config.log.level, config.log.format, log_context(config), journal=journal())
     notifier = Notifier.from_environment(os.environ)
     held = Held.from_environment(os.environ, notifier)
-    kit = Kit(role, config_path=path, notifier=notifier, held=held)
+    kit = Kit(role, config_path=start.path, notifier=notifier, held=held)
 
     async def main() -> int:
-        return await Lifecycle(daemon_class, config, kit, read, source).run()
+        return await Lifecycle(daemon_class, start, kit).run()
 
     import uvloop  # not needed to check a configuration
 

@@ -436,6 +436,8 @@ class MemberLink:
             "wall_s": self._kit.clock.wall(),
             "unready": [reason[:MAX_TEXT] for reason in self._kit.unready()[:MAX_REASONS]],
         }
+        if changes := self._kit.changes.to_plain():
+            body["changes"] = changes
         self._send(Report(self._kit.boot, self._sequence, self.policies(), body))
 
     def _received(self, line: Line, parts: list[bytes]) -> None:

@@ -36,7 +36,8 @@ class Reloader(Generic[C]):
     """Reloads of one daemon, one at a time.
 
     read: the file's bytes and the configuration in them. swap: makes the daemon run a
-    configuration, or raises and leaves it as it was. unready: why it is not ready.
+    configuration, or raises and leaves it as it was. unready: why it is not ready. told: what
+    became of a trial that was not passed.
     fixed: dotted paths of settings that need a restart.
     """
 
@@ -51,6 +52,7 @@ class Reloader(Generic[C]):
         read: Callable[[], tuple[C, bytes]],
         swap: Callable[[C], Awaitable[None]],
         unready: Callable[[], list[str]],
+        told: Callable[[str], Awaitable[None]],
     ) -> None:
         self.generations = generations
         self._clock = clock
@@ -60,6 +62,7 @@ class Reloader(Generic[C]):
         self._read = read
         self._swap = swap
         self._unready = unready
+        self._told = told
         self._lock = asyncio.Lock()
         self._trial: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -179,6 +182,7 @@ class Reloader(Generic[C]):
             self._metrics.generation.set(number)
             _log.error("reload taken back", extra={"generation": number, "lost": text})
         self._notifier.ready(book.last.reason)
+        await self._told(book.last.reason)
 
     async def _confirmed(self, number: int) -> None:
         """Wait for the end of a generation's trial. Raises ReturnedError."""

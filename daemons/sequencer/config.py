@@ -14,7 +14,7 @@ from intentd.daemons.kit.config import (
     DaemonConfig,
     Duration,
     Section,
-    check_bind_security,
+    check_link_security,
     is_loopback,
     split_address,
 )
@@ -84,7 +84,7 @@ class TurnsSection(Section):
         for index, name in enumerate(self.domains):
             if not name or len(name) > 64 or not name.isprintable():
                 raise ConfigError(f"domains[{index}]", name, "a printable name of 1-64 characters")
-        check_bind_security(self.bind, keyed=bool(self.key_file), where="bind")
+        check_link_security(self.bind, keyed=bool(self.key_file), where="bind")
         return self
 
     def settings(self) -> SequencerSettings:

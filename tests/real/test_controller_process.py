@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -53,9 +55,10 @@ class FakelessMember:
         self.refuse = ""
         self.got: list[tuple[int, int]] = []
         self.policy: NumberedPolicy | None = None
+        self.kit = Kit("agent")
         self.link = MemberLink(
             config,
-            Kit("agent"),
+            self.kit,
             on_policy=self._apply,
             collect_report=self._report,
             capabilities=lambda: {"domains": ["eth0"], "shapes": False},
@@ -299,3 +302,72 @@ async def test_http_shows_members_policies_domains_and_flows(
         await page("/api/policies/999999")
     with pytest.raises(urllib.error.HTTPError, match="400"):
         await page("/api/flows?domain=nowhere")
+
+
+class Browser:
+    """One operator's, over restarts that change the port."""
+
+    def __init__(self, controller: ControllerProcess) -> None:
+        self.controller = controller
+        self.cookie = ""
+
+    def ask(self, path: str, form: dict[str, str] | None = None) -> tuple[Any, str]:
+        origin = "http://" + self.controller.admin.call("status")["status_address"]
+        request = urllib.request.Request(f"{origin}/console/{path}")
+        request.add_header("Cookie", self.cookie)
+        if form is not None:
+            request.data = urllib.parse.urlencode(form).encode()
+            request.add_header("Origin", origin)
+        opener = urllib.request.build_opener(_Stay)
+        with opener.open(request, timeout=60) as answer:
+            return answer.headers, answer.read().decode()
+
+    def csrf(self) -> str:
+        found = re.search(r'name="csrf" value="([^"]+)"', self.ask("policies")[1])
+        return found[1] if found else ""
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """The answer itself, not where it points."""
+
+    def http_error_303(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        return fp
+
+
+async def test_a_session_and_what_members_told_outlive_a_restart(
+    controller: ControllerProcess, members: list[FakelessMember]
+) -> None:
+    pytest.importorskip("jinja2")
+    members[0].kit.changes.add("", "signal", "reload", "", "refused: name: got 1")
+    secret = controller.admin.call("tokens.new", name="ann", role="operate")["secret"]
+    browser = Browser(controller)
+    headers, _ = await asyncio.to_thread(browser.ask, "login", {"token": secret, "next": "/"})
+    browser.cookie = headers["Set-Cookie"].partition(";")[0]
+    csrf = await asyncio.to_thread(browser.csrf)
+    assert csrf
+
+    def told() -> list[tuple[str, ...]]:
+        rows = controller.admin.call("audit")["entries"]
+        return [
+            (row["via"], row["action"], row["about"], row["result"])
+            for row in rows
+            if row["about"].startswith("agent/")
+        ]
+
+    def heard() -> int:
+        rows = controller.admin.call("members")["members"]
+        return next((row["reports"] for row in rows if row["name"] == "a"), 0)
+
+    await until(lambda: bool(told()))
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        controller.end(number)
+        await controller.start()
+        assert await asyncio.to_thread(browser.csrf) == csrf
+    await until(lambda: heard() > 0)
+    before = heard()
+    await until(lambda: heard() > before + 2)
+    assert told() == [("signal", "reload", "agent/a", "refused: name: got 1")]
+    await asyncio.to_thread(browser.ask, "logout", {"csrf": csrf})
+    controller.end(signal.SIGKILL)
+    await controller.start()
+    assert await asyncio.to_thread(browser.csrf) == ""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from intentd.daemons.kit.admin import AdminClient, AdminRefusedError
 
@@ -321,3 +322,37 @@ def test_tokens_reload(process: Process) -> None:
     with urllib.request.urlopen(f"http://{address}/status", timeout=60) as answer:
         document: dict[str, Any] = json.load(answer)
     assert document["role"] == "agent"
+
+
+def test_a_wrong_file_at_the_start_runs_the_last_good_one_and_says_so(process: Process) -> None:
+    process.write('[toy]\ngreeting = "good"\n')
+    process.start().ready()
+    kept = process.directory / "state" / "agent.good.toml"
+    until(kept.exists, "the good file is kept")
+    number = process.admin.call("status")["generation"]
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    process.write('[toy]\ngreting = "bad"\n[broken')
+    strict = run(process, "--config", str(process.config), "--strict")
+    assert strict.returncode == 2
+    assert run(process, "--config", str(process.config), "--check-config").returncode == 2
+    process.start().ready()
+    shown = process.admin.call("status")
+    assert (shown["detail"]["greeting"], shown["generation"]) == ("good", number)
+    assert shown["reload"]["outcome"] == "fallback"
+    assert "expected a TOML file" in shown["reload"]["fallback"]
+    assert shown["ready"]
+    text = process.admin.call("metrics")["text"]
+    assert 'intentd_reloads_total{outcome="fallback"} 1.0' in text
+    assert "runs the last good configuration" in process.log
+    process.write('[toy]\ngreeting = "mended"\n')
+    process.admin.call("reload")
+    shown = process.admin.call("status")
+    assert (shown["detail"]["greeting"], shown["reload"]["fallback"]) == ("mended", "")
+    kept.unlink()
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    kept.unlink(missing_ok=True)
+    process.write("[broken")
+    process.start()
+    assert process.wait() == 2

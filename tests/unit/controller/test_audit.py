@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from intentd.controller import audit
 from intentd.controller.alarms import find_alarms
 from intentd.controller.audit import AuditLog, Entry
+from intentd.core.errors import InputError
+from intentd.daemons.kit.changes import Changes, changes_from_plain
 from intentd.daemons.kit.store import Store
 
+CHANGE = {
+    "number": 1, "wall_s": 1.0, "who": "", "via": "signal", "action": "reload", "about": "",
+    "result": "done",
+}  # fmt: skip
 MEMBER: dict[str, Any] = {
     "role": "gpu", "name": "g1", "connected": True, "state": "present", "heard_s_ago": 1.0,
     "refused": {}, "bad_reports": 0, "last_error": "", "unready": [],
@@ -33,6 +41,47 @@ async def test_entries_come_back_newest_first_and_stay(tmp_path: Path) -> None:
     assert len(rows[0]["who"]) == 128
     assert len(AuditLog(store, lambda: 6.0).page(100, rows[2]["id"])) == 3
     store.close()
+
+
+async def test_a_members_changes_are_written_once_whoever_hears_of_them(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s", (audit.MIGRATION, audit.MEMBERS_MIGRATION))
+    log = AuditLog(store, lambda: 5.0)
+    changes = Changes(lambda: 1.0)
+    changes.add("ann", "admin", "reload", "", "generation 2")
+    for told in (1, 2):
+        for _ in range(told):
+            await log.add_of_member("agent/a", "boot", changes_from_plain(changes.to_plain()))
+        changes.add("", "signal", "reload", "", "refused: name: got 1")
+    await AuditLog(store, lambda: 6.0).add_of_member("agent/a", "boot", [])  # another controller
+    fresh = Changes(lambda: 1.0)
+    fresh.add("", "start", "start", "/etc/x", "generation 2: name: got 1")
+    await log.add_of_member(
+        "agent/a", "next boot", changes_from_plain(fresh.to_plain())
+    )  # numbers begin anew
+    rows = [(row["who"], row["via"], row["about"], row["result"]) for row in log.page()]
+    assert rows == [
+        ("", "start", "agent/a /etc/x", "generation 2: name: got 1"),
+        ("", "signal", "agent/a", "refused: name: got 1"),
+        ("ann", "admin", "agent/a", "generation 2"),
+    ]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (7, "changes: got 'int'"),
+        ([{}], r"changes\[0\]: got 'dict'"),
+        ([{**CHANGE, "number": 0}], r"changes\[0\].number: got 0"),
+        ([{**CHANGE, "wall_s": None}], r"changes\[0\].wall_s: got None"),
+        ([{**CHANGE, "via": "magic"}], r"changes\[0\].via: got 'magic'"),
+        ([{**CHANGE, "about": "x" * 501}], r"changes\[0\].about"),
+        ([CHANGE] * 17, "changes: got 'list', expected at most 16"),
+    ],
+)
+def test_changes_that_are_none_are_refused(value: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        changes_from_plain(value)
 
 
 async def test_the_oldest_entries_go(tmp_path: Path, monkeypatch: Any) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from intentd.agent.daemon import AgentDaemon
 from intentd.controller import api as controller_api
-from intentd.controller.daemon import Controller
+from intentd.controller.commands import answer
 from intentd.controller.jobs_admin import JobsAdmin
 from intentd.daemons.ctl.daemon import DAEMONS
 from intentd.daemons.ctl.main import app
@@ -113,7 +113,7 @@ def commands() -> dict[str, set[str]]:
     sources: dict[str, list[Any]] = {
         "": [Lifecycle.handle_admin],
         "agent": [AgentDaemon.admin],
-        "controller": [Controller.command, JobsAdmin.answer],
+        "controller": [answer, JobsAdmin.answer],
         "proxy": [ProxyDaemon.admin, cache_admin],
         "sequencer": [],
     }

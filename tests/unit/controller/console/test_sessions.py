@@ -15,6 +15,8 @@ from intentd.controller.console.sessions import (
     Guesses,
     Sessions,
 )
+from intentd.controller.policies import MIGRATIONS
+from intentd.daemons.kit.store import Store
 from intentd.daemons.kit.tokens import TokenBook
 
 
@@ -42,6 +44,40 @@ def test_a_session_ends_with_its_token_and_its_time(tmp_path: Path) -> None:
     gone = sessions.open(token)
     book.revoke("ann")
     assert sessions.find(gone) is None
+
+
+async def test_sessions_outlive_the_process_and_end_in_time(tmp_path: Path) -> None:
+    now = [1_700_000_000.0]
+    book = TokenBook(tmp_path / "t", (), lambda: 0.0)
+    token, _ = book.new("ann", "operate")
+    store = Store(tmp_path / "s", MIGRATIONS)
+    sessions = Sessions(book, lambda: now[0])
+    cookie, left, idle = (sessions.open(token) for _ in range(3))
+    first = sessions.find(cookie)
+    assert first is not None
+    await sessions.keep(store)
+    sessions.close(left)
+    now[0] += IDLE_S - 10
+    assert sessions.find(cookie) is not None  # a later use is written down as well
+    await sessions.keep(store)
+    written = [list(row) for row in store.read("SELECT * FROM sessions")]
+    assert len(written) == 2
+    assert not any(cookie in str(row) or first[0].csrf in str(row) for row in written)
+    again = Sessions(book, lambda: now[0] + 20)
+    new = again.open(token)
+    await again.load(store)
+    found = again.find(cookie)
+    assert found is not None
+    assert (found[0].csrf, found[1].name) == (first[0].csrf, "ann")  # its open forms go on
+    assert again.find(new) is not None
+    assert again.find(idle) is None
+    assert again.find(left) is None
+    await again.keep(store)
+    assert len(store.read("SELECT * FROM sessions")) == 2
+    back = Sessions(book, lambda: now[0] - 3600)  # the clock was set back
+    await back.load(store)
+    assert back.find(cookie) is None
+    store.close()
 
 
 def test_sessions_are_bounded(tmp_path: Path) -> None:

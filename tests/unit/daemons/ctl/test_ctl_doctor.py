@@ -27,6 +27,8 @@ def status(role: str, **changed: Any) -> dict[str, Any]:
     return {
         "role": role, "name": "h", "host": "h", "version": intentd.__version__, "pid": os.getpid(),
         "started_wall_s": time.time() - 10, "uptime_s": 10.0, "ready": True, "reasons": [],
+        "generation": 3, "config_path": "/etc/x.toml",
+        "reload": {"outcome": "confirmed", "reason": "", "fallback": ""},
         "policies": {}, "controller": link, "detail": {}, **changed,
     }  # fmt: skip
 
@@ -84,7 +86,8 @@ def test_a_healthy_suite_is_proved(suite: Suite) -> None:
     rows = doctor.examine(suite)
     assert suite.wrong() == {}
     assert {claim.check for _, claim in rows} == {
-        "answers", "ready", "version", "policy", "clock", "link", "key", "state-dir", "socket",
+        "answers", "ready", "config", "version", "policy", "clock", "link", "key", "state-dir",
+        "socket",
     }  # fmt: skip
     assert doctor.code_of(rows) is ExitCode.OK
 
@@ -95,6 +98,16 @@ def test_a_healthy_suite_is_proved(suite: Suite) -> None:
         ("ready", {"ready": False, "reasons": ["disk full"]}, "disk full"),
         ("version", {"version": "0.0.1"}, "0.0.1"),
         ("clock", {"uptime_s": 7.0}, "stepped by 3.0"),
+        (
+            "config",
+            {"reload": {"outcome": "refused", "reason": "name: got 1", "fallback": ""}},
+            "generation 3: refused: name: got 1",
+        ),
+        (
+            "config",
+            {"reload": {"outcome": "fallback", "reason": "x", "fallback": "name: got 1"}},
+            "generation 3, the last good one: name: got 1",
+        ),
         ("link", {"controller": {"endpoint": "e", "connected": False, "last_error": "x"}}, "e: x"),
     ],
 )

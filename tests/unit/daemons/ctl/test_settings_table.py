@@ -8,7 +8,7 @@ import pytest
 
 from intentd.core.errors import ConfigError
 from intentd.daemons.ctl.daemon import settings_table
-from intentd.daemons.kit.config import with_settings
+from intentd.daemons.kit.settings import with_settings
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "operations.md"
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from intentd.daemons.ctl.daemon import DAEMONS, daemon_class
-from intentd.daemons.kit.config import describe, load_config
+from intentd.daemons.kit.config import load_config
 from intentd.daemons.kit.config_example import example
+from intentd.daemons.kit.settings import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -24,13 +24,11 @@ from intentd.daemons.kit.config import (
     Size,
     default_run_dir,
     default_state_dir,
-    describe,
     is_loopback,
     load_config,
-    markdown_table,
     split_address,
-    toml_value,
 )
+from intentd.daemons.kit.settings import describe, markdown_table, toml_value
 
 
 class Lane(Section):

@@ -375,9 +375,9 @@ def test_wrong_endpoints_are_refused(endpoint: Any, says: str) -> None:
 
 
 def test_endpoints_of_a_pair_may_be_a_list_or_have_commas() -> None:
-    for endpoint in (["tcp://a:1", "tcp://b:2"], "tcp://a:1 , tcp://b:2"):
+    for endpoint in (["tcp://[::1]:1", "tcp://localhost:2"], "tcp://[::1]:1 , tcp://localhost:2"):
         config = validate(AgentConfig, {"controller": {"endpoint": endpoint}})
-        assert config.controller.endpoints == ("tcp://a:1", "tcp://b:2")
+        assert config.controller.endpoints == ("tcp://[::1]:1", "tcp://localhost:2")
 
 
 async def test_more_members_than_allowed_are_refused(rig: Rig) -> None:

@@ -38,6 +38,7 @@ class Site:
         self.metrics = Metrics()
         self.reasons: list[str] = []
         self.refuses: Exception | None = None
+        self.told: list[str] = []
         self.running = self.read()[0]
         self.swaps = 0
         self.reloader = self.make()
@@ -54,7 +55,11 @@ class Site:
             read=self.read,
             swap=self.swap,
             unready=lambda: list(self.reasons),
+            told=self.tell,
         )
+
+    async def tell(self, text: str) -> None:
+        self.told.append(text)
 
     def read(self) -> tuple[Config, bytes]:
         return parse_config(Config, self.source, {}), self.source

@@ -101,7 +101,8 @@ async def test_vectors_from_before_the_extension_are_taken_over(postgres: Postgr
         search = await vectors.prepare(one)
         assert search is not None
         (near,) = await search.nearest(packed(1, 0), SPACE, ["key:a"], **EVERYTHING)
-        assert (near.item_id, near.similarity) == ("x", pytest.approx(1.0))
+        assert near.item_id == "x"
+        assert near.similarity == pytest.approx(1.0)
         # a proxy that does not know the column writes beside it, and is read on the next start
         await PostgresCacheRows(one).put([item("y", KeyRow("prompt", "y", packed(1, 0), SPACE))])
         again = await vectors.prepare(one)

@@ -16,7 +16,10 @@ DATABASE = "postgres"
 
 
 def binaries() -> Path | None:
-    """Where initdb and postgres are; Debian keeps them off the PATH."""
+    """Where initdb and postgres are; Debian keeps them off the PATH. INTENTD_PG_BIN: others, such
+    as those of a PostgreSQL with extensions that the distribution has not."""
+    if named := os.environ.get("INTENTD_PG_BIN"):
+        return Path(named)
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if found:
         return found[-1].parent

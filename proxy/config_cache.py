@@ -31,6 +31,13 @@ class CacheSection(Section):
         description="MiniLM's ONNX file, made at the first use. Empty: in the user's cache "
         "directory.",
     )
+    search: str = Field(
+        default="memory",
+        description="Where vectors are compared: memory (each proxy holds them all) or database "
+        "(PostgreSQL with the extension pgvector: no vectors in the proxies, what one stores the "
+        "others find at once, a round trip a lookup).",
+        pattern="^(memory|database)$",
+    )
     gate_file: str = Field(
         default="",
         description="The second gate, as `intentctl prompts train cache` writes it. Empty: rules, "

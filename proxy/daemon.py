@@ -80,6 +80,7 @@ class ProxyDaemon(Daemon[ProxyConfig]):
         "cache.semantic",
         "cache.embedder_model",
         "cache.model_file",
+        "cache.search",
         "cache.gate_file",
         "controller.enabled",
     )

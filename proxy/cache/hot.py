@@ -88,6 +88,9 @@ class Hot:
         number = self._numbers.get(item_id)
         return None if number is None else self._entries[number]
 
+    def number_of(self, item_id: str) -> int | None:
+        return self._numbers.get(item_id)
+
     def by_exact(self, key: bytes) -> Entry | None:
         number = self._exact.get(key)
         return None if number is None else self._entries.get(number)

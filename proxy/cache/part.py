@@ -67,6 +67,7 @@ class CachePart:
         self._clock = clock
         self._performer = performer
         self._embed = embed
+        self._rows = rows
         self.section = section
         self.cache = Cache(section, rows, clock, self._maker(section))
         self.prefetcher = Prefetcher(section, performer, clock, self.cache.metrics, busy)
@@ -185,6 +186,10 @@ class CachePart:
                 )
             if missing:
                 return None
+        if section.search == "database" and self._rows.vector_search is None:
+            raise ConfigError(
+                "cache.search", "database", "store.url of a PostgreSQL with the extension vector"
+            )
         gate = Path(section.gate_file) if section.gate_file else None
         if gate is not None and not gate.is_file():
             raise ConfigError("cache.gate_file", section.gate_file, "a file")
@@ -192,7 +197,7 @@ class CachePart:
 
     def _make(self, section: CacheSection, gate_file: Path | None) -> Semantic:
         from intentd.proxy.cache.embedder import Embedder, LocalEmbedder, PoolEmbedder
-        from intentd.proxy.cache.semantic import Semantic, load_gate
+        from intentd.proxy.cache.semantic import Remote, Semantic, load_gate
 
         embedder: Embedder
         if section.embedder_model:
@@ -204,7 +209,12 @@ class CachePart:
             embedder = PoolEmbedder(call, space=f"pool:{name}")
         else:
             embedder = LocalEmbedder(lambda: _minilm(section.model_file), space="minilm-l6-int8")
-        return Semantic(embedder, load_gate(gate_file), section.max_false_hit)
+        search = self._rows.vector_search if section.search == "database" else None
+        number_of = self.cache.hot.number_of
+        return Semantic(
+            embedder, load_gate(gate_file), section.max_false_hit,
+            remote=None if search is None else Remote(search, number_of),
+        )  # fmt: skip
 
 
 def _minilm(model_file: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +20,16 @@ from intentd.core.prompts.cache.gate import GateModel, OnlineThreshold
 from intentd.core.prompts.cache.rules import RuleGate
 from intentd.core.prompts.service_types import CACHED_TYPES
 from intentd.proxy.cache.embedder import Embedder, EmbedError
-from intentd.proxy.cache.index import ANY_SCOPE, Match, VectorIndex, scope_number
-from intentd.proxy.store.cache import ItemRow, KeyRow
+from intentd.proxy.cache.index import ANY_SCOPE, LOOKED_AT, Match, VectorIndex, scope_number
+from intentd.proxy.store.cache import ItemRow, KeyRow, VectorSearch
 
 KIND_NUMBER: Final = {name: number for number, name in enumerate(CACHED_TYPES)}
 MAX_TENANTS: Final = 1000
 STEP: Final = 0.02
 WIDEST: Final = 0.25
 MOST: Final = 0.995
+# keys asked of a store for each item wanted: some belong to one item, some may not serve
+REMOTE_TIMES: Final = 4
 
 Gate = GateModel | RuleGate
 
@@ -45,10 +47,38 @@ class ToEmbed:
     text: str
 
 
-class Semantic:
-    """Vectors of keys under the numbers of `hot.Entry`."""
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A store that compares vectors itself. number_of: an item's number here, None when unknown."""
 
-    def __init__(self, embedder: Embedder, gate: Gate, max_false_hit: float) -> None:
+    search: VectorSearch
+    number_of: Callable[[str], int | None]
+
+    async def nearest(
+        self, vector: bytes, space: str, owners: Sequence[str], *, allowed: Any, limit: int,
+        **filters: Any,
+    ) -> list[Match]:  # fmt: skip
+        """The nearest items, best first, each once by its nearest key. Raises StoreError."""
+        rows = await self.search.nearest(
+            vector, space, owners, limit=LOOKED_AT + REMOTE_TIMES * limit, **filters
+        )
+        found: dict[int, Match] = {}
+        for row in rows:
+            number = self.number_of(row.item_id)
+            if number is not None and number not in found and (allowed is None or allowed(number)):
+                found[number] = Match(number, row.place, row.similarity)
+                if len(found) == limit:
+                    break
+        return list(found.values())
+
+
+class Semantic:
+    """Vectors of keys under the numbers of `hot.Entry`; remote: they stay in the store."""
+
+    def __init__(
+        self, embedder: Embedder, gate: Gate, max_false_hit: float, remote: Remote | None = None
+    ) -> None:
+        self._remote = remote
         self.embedder = embedder
         self.gate = gate
         self.max_false_hit = max_false_hit
@@ -104,6 +134,8 @@ class Semantic:
         kind: str,
         vector: npt.NDArray[Any],
     ) -> None:
+        if self._remote is not None:
+            return
         if self._index is None:
             self._index = VectorIndex(len(vector))
         if len(vector) == self._index.dimensions:
@@ -129,6 +161,12 @@ class Semantic:
         """scopes: () any, "" stands for put objects. Raises EmbedError."""
         # also when nothing is stored yet: the answer to this text may be stored next
         (vector,) = await self.embedder.embed([text], by=by)
+        if self._remote is not None:
+            return await self._remote.nearest(
+                self.packed(vector), self.embedder.space, list(dict.fromkeys(owners)),
+                kinds=list(kinds), scopes=list(scopes), min_similarity=min_similarity,
+                limit=limit, allowed=allowed,
+            )  # fmt: skip
         if self._index is None:
             return []
         if len(vector) != self._index.dimensions:

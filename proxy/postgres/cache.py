@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 from intentd.daemons.kit.postgres import Database
-from intentd.proxy.store.cache import ItemRow, KeyRow, Page
+from intentd.proxy.postgres.vectors import as_text
+from intentd.proxy.store.cache import ItemRow, KeyRow, Page, VectorSearch
 
 MIGRATION: Final = """
     CREATE SEQUENCE cache_numbers;
@@ -67,6 +68,10 @@ _INSERT: Final = (
 _INSERT_KEY: Final = (
     "INSERT INTO cache_keys(item, place, kind, text, vector, space) VALUES ($1, $2, $3, $4, $5, $6)"
 )
+_INSERT_KEY_VECTOR: Final = (
+    "INSERT INTO cache_keys(item, place, kind, text, vector, space, embedding) "
+    "VALUES ($1, $2, $3, $4, $5, $6, $7::text::vector)"
+)
 _REMOVE: Final = (
     "WITH gone AS (DELETE FROM cache_items WHERE id = ANY($1::text[]) RETURNING id) "
     "INSERT INTO cache_removed(number, id, wall) "
@@ -75,6 +80,9 @@ _REMOVE: Final = (
 _SET_VECTOR: Final = (
     "UPDATE cache_keys SET vector = $1, space = $2 WHERE place = $3 AND "
     "item = (SELECT number FROM cache_items WHERE id = $4)"
+)
+_SET_EMBEDDING: Final = _SET_VECTOR.replace(
+    "vector = $1,", "vector = $1, embedding = $5::text::vector,"
 )
 _KEEP: Final = (
     "INSERT INTO cache_kept(name, value) VALUES ($1, $2) "
@@ -87,7 +95,8 @@ class PostgresCacheRows:
 
     shared = True
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, vector_search: VectorSearch | None = None) -> None:
+        self.vector_search = vector_search
         self._database = database
         self._writes = 0
 
@@ -100,13 +109,16 @@ class PostgresCacheRows:
                     item.source, item.model, item.put, item.cost_nano, item.out_tokens,
                     item.wall_s, item.expires_wall_s,
                 )  # fmt: skip
-                await db.executemany(
-                    _INSERT_KEY,
-                    [
-                        (number, place, key.kind, key.text, key.vector, key.space)
-                        for place, key in enumerate(item.keys)
-                    ],
-                )
+                rows = [
+                    (number, place, key.kind, key.text, key.vector, key.space)
+                    for place, key in enumerate(item.keys)
+                ]
+                if self.vector_search is None:
+                    await db.executemany(_INSERT_KEY, rows)
+                else:
+                    await db.executemany(
+                        _INSERT_KEY_VECTOR, [(*row, as_text(row[4])) for row in rows]
+                    )
 
     async def remove(self, item_ids: Sequence[str]) -> None:
         if item_ids:
@@ -151,11 +163,12 @@ class PostgresCacheRows:
         return Page(tuple(items), removed, upto, more)
 
     async def set_vectors(self, rows: Sequence[tuple[str, int, bytes, str]]) -> None:
+        given = [(vector, space, place, item_id) for item_id, place, vector, space in rows]
         async with self._database.transaction() as db:
-            await db.executemany(
-                _SET_VECTOR,
-                [(vector, space, place, item_id) for item_id, place, vector, space in rows],
-            )
+            if self.vector_search is None:
+                await db.executemany(_SET_VECTOR, given)
+            else:
+                await db.executemany(_SET_EMBEDDING, [(*row, as_text(row[0])) for row in given])
 
     async def keep(self, name: str, value: str) -> None:
         async with self._database.transaction() as db:

@@ -24,6 +24,7 @@ from intentd.proxy.postgres.feedback import SharedFeedback
 from intentd.proxy.postgres.ledger import SharedLedger, settle_abandoned
 from intentd.proxy.postgres.rates import SharedRates
 from intentd.proxy.postgres.schema import MIGRATIONS
+from intentd.proxy.postgres.vectors import DatabaseVectors, prepare
 from intentd.proxy.store.base import KeyRow
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,14 @@ class SharedKeys:
 class SharedState:
     """Everything of store.base.State in one database."""
 
-    def __init__(self, database: Database, config: ProxyConfig, clock: Clock, boot: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        config: ProxyConfig,
+        clock: Clock,
+        boot: str,
+        vector_search: DatabaseVectors | None = None,
+    ) -> None:
         self.database = database
         self._clock = clock
         self._owner = boot
@@ -118,7 +126,7 @@ class SharedState:
         self.rates = SharedRates(database)
         self.key_table = SharedKeys(database)
         self.feedback_rows = SharedFeedback(database, config.records.max_rows)
-        self.cache_rows = PostgresCacheRows(database)
+        self.cache_rows = PostgresCacheRows(database, vector_search)
         self._seen_s: float | None = None
         self._steady_since_s = 0.0
         self._keys_changed = asyncio.Event()
@@ -134,7 +142,11 @@ class SharedState:
             timeout_s=section.timeout_s,
             migrations=MIGRATIONS,
         )
-        return cls(database, config, clock, boot)
+        try:
+            return cls(database, config, clock, boot, await prepare(database))
+        except BaseException:
+            await database.close()
+            raise
 
     async def start(
         self, tasks: asyncio.TaskGroup, reload_keys: Callable[[], Awaitable[None]]

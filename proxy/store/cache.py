@@ -64,13 +64,42 @@ class Page:
     more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NearKey:
+    """A key that a store's own search found: its item, its place in it, the cosine."""
+
+    item_id: str
+    place: int
+    similarity: float
+
+
+class VectorSearch(Protocol):
+    """A store that compares vectors itself."""
+
+    async def nearest(
+        self,
+        vector: bytes,
+        space: str,
+        owners: Sequence[str],
+        *,
+        kinds: Sequence[str],
+        scopes: Sequence[str],
+        min_similarity: float,
+        limit: int,
+    ) -> list[NearKey]:
+        """The nearest keys of these owners, best first. vector: as in KeyRow. kinds, scopes: ()
+        any. Raises StoreError."""
+
+
 class CacheRows(Protocol):
     """Every method raises StoreError when the store refuses; then nothing was changed.
 
-    shared: other processes write to it too, so changes must be asked for.
+    shared: other processes write to it too, so changes must be asked for. vector_search: how the
+    store finds neighbours by itself, None where it cannot.
     """
 
     shared: bool
+    vector_search: VectorSearch | None
 
     async def put(self, items: Sequence[ItemRow], *, replaces: Sequence[str] = ()) -> None:
         """On disk when it returns, with the replaced ones gone, all or nothing. A known id is

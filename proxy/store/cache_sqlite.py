@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from intentd.daemons.kit.store import Store
-from intentd.proxy.store.cache import ItemRow, KeyRow, Page
+from intentd.proxy.store.cache import ItemRow, KeyRow, Page, VectorSearch
 
 MIGRATION: Final = """
     CREATE TABLE cache_items(
@@ -47,6 +47,7 @@ class SqliteCacheRows:
     """CacheRows on kit.store; one process owns the file."""
 
     shared = False
+    vector_search: VectorSearch | None = None
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -8,14 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 from benchmarks.controller_pair import ControllerProcess, PairLab
-from benchmarks.local_postgres import Postgres, why_not
+from benchmarks.local_postgres import Postgres
 
 from intentd.controller.config import ControllerConfig
 from intentd.controller.flows_app import differences
@@ -30,17 +30,6 @@ from intentd.daemons.kit.postgres_store import DeposedError, PostgresStore, numb
 from intentd.daemons.kit.store import StoreError
 
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Postgres]:
-    if reason := why_not():
-        pytest.skip(reason)
-    postgres = Postgres()
-    try:
-        yield postgres
-    finally:
-        postgres.close()
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks import proxy_order
-from benchmarks.local_postgres import Postgres, why_not
+from benchmarks.local_postgres import Postgres
 from tests.unit.proxy.conftest import Site
 from tests.unit.proxy.provider import Script, running
 
@@ -36,17 +36,6 @@ pytestmark = pytest.mark.real
 
 PURPOSE = Purpose("k", "t", "m", "fixed")
 RULE = BudgetRule("key:k", "nano_dollars", 1000)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Postgres]:
-    if reason := why_not():
-        pytest.skip(reason)
-    postgres = Postgres()
-    try:
-        yield postgres
-    finally:
-        postgres.close()
 
 
 @pytest.fixture

@@ -70,6 +70,9 @@ class ProxyDaemon(Daemon[ProxyConfig]):
 
     role: ClassVar[str] = "proxy"
     config_model = ProxyConfig
+    audited: ClassVar[frozenset[str]] = frozenset(
+        {"keys.new", "keys.change", "keys.revoke", "cache.put", "cache.delete"}
+    )
     fixed: ClassVar[tuple[str, ...]] = (
         "listen",
         "tracing",

@@ -31,6 +31,7 @@ from intentd.daemons.gpu.service import (
     Service,
     UnknownJobError,
 )
+from intentd.daemons.kit.changes import Changes
 from intentd.daemons.kit.openapi import TEXT, Operation, document, json_body, number, record
 from intentd.daemons.kit.status import CALLER, json_response
 from intentd.daemons.kit.store import StoreError
@@ -94,10 +95,11 @@ _NUMBERS: Final = ("job", "limit", "before", "after", "offset", "array")
 
 
 class Api:
-    """service: None until the daemon is up."""
+    """service: None until the daemon is up. changes: where those of operators are noted."""
 
-    def __init__(self, service: Callable[[], Service | None]) -> None:
+    def __init__(self, service: Callable[[], Service | None], changes: Changes) -> None:
         self._service = service
+        self._changes = changes
 
     def add_routes(self, app: web.Application) -> None:
         for row in OPERATIONS:
@@ -138,6 +140,9 @@ class Api:
             except InputError as error:
                 said = {"error": str(error), "field": error.field, "expected": error.expected}
                 return json_response(said, 400)
+            if name in ("cancel", "drain"):
+                about = str(args.get("job", args.get("node", "")))
+                self._changes.add(known.name, "api", f"jobs.{name}", about, "done")
             return json_response(answer, 201 if name == "submit" else 200)
 
         return handle

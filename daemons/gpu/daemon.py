@@ -56,6 +56,7 @@ class GpuDaemon(Daemon[GpuConfig]):
 
     role: ClassVar[str] = "gpu"
     config_model = GpuConfig
+    audited: ClassVar[frozenset[str]] = frozenset({"jobs.cancel", "jobs.drain"})
     fixed: ClassVar[tuple[str, ...]] = (
         "jobs.executor",
         "jobs.nodes",
@@ -171,7 +172,7 @@ class GpuDaemon(Daemon[GpuConfig]):
         }
 
     def add_routes(self, app: web.Application) -> None:
-        Api(lambda: self.service).add_routes(app)
+        Api(lambda: self.service, self.kit.changes).add_routes(app)
 
     async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         group, _, name = command.partition(".")

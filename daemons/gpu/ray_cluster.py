@@ -210,9 +210,14 @@ class LocalCluster:
                 self._kill(name)
         now = time.monotonic()
         for name, process in list(self._running.items()):
-            if process.poll() is None or (name and self._headless()):
+            if process.poll() is None:
                 continue
-            if now - self._ended.setdefault(name, now) >= AGAIN_S and not self._over:
+            if name not in self._ended:
+                self._ended[name] = now
+                self._kill(name)  # what it started may outlive it, and hold its port
+            if name and self._headless():
+                continue
+            if now - self._ended[name] >= AGAIN_S and not self._over:
                 self._ended.pop(name)
                 self._start(name, self.nodes.get(name) if name else None)
 

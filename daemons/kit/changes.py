@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from intentd.core.errors import InputError
 
-KEPT: Final = 16
+KEPT: Final = 64
 MAX_TEXT: Final = 500
-WAYS: Final = ("admin", "signal", "start", "trial")
+WAYS: Final = ("admin", "api", "signal", "start", "trial")
 
 
 @dataclass(frozen=True, slots=True)

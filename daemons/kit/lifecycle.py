@@ -129,6 +129,8 @@ class Daemon(Generic[C]):
     config_model: ClassVar[type[CommonConfig]]
     fixed: ClassVar[tuple[str, ...]] = ()
     """Dotted paths of settings that a reload cannot change; the lifecycle refuses such a file."""
+    audited: ClassVar[frozenset[str]] = frozenset()
+    """Admin commands of the role that change something, for the controller's audit log."""
 
     def __init__(self, config: C, kit: Kit) -> None:
         self.config = config
@@ -196,6 +198,12 @@ class Daemon(Generic[C]):
 
     async def note(self, change: Change) -> None:
         """Something was changed: a reload, tokens, a drain. For an audit log."""
+
+
+def _what(args: dict[str, Any]) -> str:
+    """Which thing a command changes, for the audit log."""
+    named = (args.get(field) for field in ("name", "job", "node", "owner"))
+    return next((str(value)[:128] for value in named if value is not None), "")
 
 
 class Lifecycle(Generic[C]):
@@ -495,10 +503,12 @@ class Lifecycle(Generic[C]):
             case "dump":
                 self.log_dump()
                 return self.daemon.dump()
+        if command in self.daemon.audited:
+            return await self._change(command, args)
         return await self.daemon.admin(command, args)
 
     async def _change(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
-        who, about, result = account_of(peer_uid.get()), str(args.get("name", ""))[:128], "done"
+        who, about, result = account_of(peer_uid.get()), _what(args), "done"
         try:
             if command == "reload":
                 confirm = bool(args.get("confirm", False))
@@ -512,8 +522,10 @@ class Lifecycle(Generic[C]):
                     args.get("name"), args.get("role"), args.get("expires_wall_s")
                 )
                 answer = {"token": made.to_plain(), "secret": secret}
-            else:
+            elif command == "tokens.revoke":
                 answer = {"token": self._tokens().revoke(args.get("name")).to_plain()}
+            else:
+                answer = await self.daemon.admin(command, args)
         except IntentdError as error:
             await self._note(who, "admin", command, about, f"refused: {error}")
             raise

@@ -22,8 +22,10 @@ from intentd.daemons.kit.admin import (
     AdminUnreachableError,
     decode_request,
 )
-from intentd.daemons.kit.lifecycle import Tasks
+from intentd.daemons.kit.config import DaemonConfig
+from intentd.daemons.kit.lifecycle import Daemon, Kit, Lifecycle, Tasks
 from intentd.daemons.kit.metrics import Metrics
+from intentd.daemons.kit.starting import Start
 
 
 async def handler(command: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -157,3 +159,32 @@ def test_any_object_is_a_request_or_refused(request_: dict[str, Any]) -> None:
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(AdminRefusedError):
         decode_request(b'{"command":"x","args":' + b"[" * 500_000)
+
+
+class Keeper(Daemon[DaemonConfig]):
+    """A role of which one command changes something."""
+
+    role = "proxy"
+    config_model = DaemonConfig
+    audited = frozenset({"keys.new"})
+
+    async def admin(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        if args.get("name") == "":
+            raise AdminRefusedError("name: got ''", "bad_request")
+        return {"did": command}
+
+
+async def test_commands_that_change_a_role_are_noted_for_the_audit_log(tmp_path: Path) -> None:
+    config = DaemonConfig(state_dir=tmp_path, run_dir=tmp_path)
+    kit = Kit("proxy")
+    lifecycle = Lifecycle(Keeper, Start(config, b"", None, lambda: (config, b"")), kit)
+    assert await lifecycle.handle_admin("keys.new", {"name": "ann"}) == {"did": "keys.new"}
+    assert await lifecycle.handle_admin("keys", {"name": "ann"}) == {"did": "keys"}
+    with pytest.raises(AdminRefusedError):
+        await lifecycle.handle_admin("keys.new", {"name": ""})
+    told = [(row["via"], row["action"], row["about"], row["result"])
+            for row in kit.changes.to_plain()]  # fmt: skip
+    assert told == [
+        ("admin", "keys.new", "ann", "done"),
+        ("admin", "keys.new", "", "refused: name: got ''"),
+    ]

@@ -25,6 +25,7 @@ POINTS_TYPED, POINTS_TAPPED = 10, 2
 CANDIDATES = 60  # questions looked through for recommendations
 LISTED = 20  # of them in one prompt
 TRENDING = 3
+PUSH_HOUR_UTC = 9
 DAILY, TREND = "question of the day", "trending"
 
 
@@ -114,6 +115,11 @@ class QaService:
         """The ten with most points, today (UTC) and overall."""
         today = int(self._now() // DAY_S)
         return {"today": self.store.leaders(10, day=today), "overall": self.store.leaders(10)}
+
+    def push_is_due(self) -> bool:
+        """True once a day, in the morning; a restart does not make it true again."""
+        day, second = divmod(self._now(), DAY_S)
+        return second >= PUSH_HOUR_UTC * 3600 and self.store.first_push(int(day))
 
     async def recommend(self) -> list[str]:
         """Choose the question of the day and what is trending; then have them answered.

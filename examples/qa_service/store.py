@@ -19,6 +19,10 @@ CREATE TABLE IF NOT EXISTS points(user TEXT NOT NULL, day INTEGER NOT NULL, poin
 CREATE TABLE IF NOT EXISTS recommended(
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, text TEXT NOT NULL, chosen_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS deliveries(id TEXT PRIMARY KEY, seen_s REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS pending(
+    id TEXT PRIMARY KEY, message TEXT NOT NULL, reply TEXT NOT NULL,
+    taken_s REAL NOT NULL, tries INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS pushes(day INTEGER PRIMARY KEY);
 """
 DAY_S = 86400
 KEEP_DELIVERIES_S = 7 * DAY_S
@@ -36,12 +40,21 @@ class Question:
     better: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A message taken and not answered yet. reply: what was to be sent, when that is known."""
+
+    message: str
+    reply: str
+    tries: int
+
+
 class Store:
     """Times are wall seconds, given by the caller. path ":memory:" keeps nothing."""
 
     def __init__(self, path: Path | str) -> None:
         self._db = sqlite3.connect(path)
-        self._db.executescript("PRAGMA journal_mode = WAL;" + SCHEMA)
+        self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + SCHEMA)
 
     def close(self) -> None:
         self._db.close()
@@ -136,11 +149,54 @@ class Store:
         row = self._db.execute("SELECT text FROM recommended WHERE id = ?", (number,)).fetchone()
         return None if row is None else str(row[0])
 
-    def first_delivery(self, delivery: str, now: float) -> bool:
-        """Whether a message arrives for the first time: WhatsApp repeats what it is unsure of."""
+    def first_push(self, day: int) -> bool:
+        """Whether nothing was pushed on this day yet; from now on something was."""
+        with self._db:
+            self._db.execute("DELETE FROM pushes WHERE day < ?", (day,))
+            cursor = self._db.execute("INSERT OR IGNORE INTO pushes VALUES(?)", (day,))
+        return cursor.rowcount == 1
+
+    # -- messages that wait for their answer: on disk before they are acknowledged ----------------
+
+    def delivered(self, message_id: str) -> bool:
+        """Whether a message was taken before: WhatsApp repeats what it is unsure of."""
+        row = self._db.execute("SELECT 1 FROM deliveries WHERE id = ?", (message_id,)).fetchone()
+        return row is not None
+
+    def accept(self, message_id: str, message: str, now: float) -> None:
         with self._db:
             self._db.execute("DELETE FROM deliveries WHERE seen_s < ?", (now - KEEP_DELIVERIES_S,))
-            cursor = self._db.execute(
-                "INSERT OR IGNORE INTO deliveries VALUES(?, ?)", (delivery, now)
+            self._db.execute("INSERT INTO deliveries VALUES(?, ?)", (message_id, now))
+            self._db.execute(
+                "INSERT INTO pending VALUES(?, ?, '', ?, 0)", (message_id, message, now)
             )
-        return cursor.rowcount == 1
+
+    def waiting(self) -> list[str]:
+        """Messages not answered yet, the oldest first."""
+        return [row[0] for row in self._db.execute("SELECT id FROM pending ORDER BY taken_s, id")]
+
+    def count_waiting(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM pending").fetchone()[0])
+
+    def expire(self, before_s: float) -> int:
+        """Forget what waits since earlier. How many."""
+        with self._db:
+            return self._db.execute("DELETE FROM pending WHERE taken_s < ?", (before_s,)).rowcount
+
+    def begin(self, message_id: str) -> Pending | None:
+        """Count one more try of a message; None: it waits no more."""
+        with self._db:
+            self._db.execute("UPDATE pending SET tries = tries + 1 WHERE id = ?", (message_id,))
+        row = self._db.execute(
+            "SELECT message, reply, tries FROM pending WHERE id = ?", (message_id,)
+        ).fetchone()
+        return None if row is None else Pending(*row)
+
+    def replied(self, message_id: str, reply: str) -> None:
+        """What will be sent: a further try sends this and asks nobody again."""
+        with self._db:
+            self._db.execute("UPDATE pending SET reply = ? WHERE id = ?", (reply, message_id))
+
+    def done(self, message_id: str) -> None:
+        with self._db:
+            self._db.execute("DELETE FROM pending WHERE id = ?", (message_id,))

@@ -23,7 +23,6 @@ COOKIE = "qa_user"
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 64 << 10
 RECOMMEND_EVERY_S = 3600.0
-PUSH_HOUR_UTC = 9
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
@@ -67,13 +66,10 @@ class Web:
 
     async def _recommend_for_ever(self) -> None:
         """Every hour what is trending; once a day, in the morning, the push."""
-        pushed = -1
         while True:
             try:
                 await self._service.recommend()
-                now = time.gmtime()
-                if self._whatsapp and now.tm_hour >= PUSH_HOUR_UTC and pushed != now.tm_yday:
-                    pushed = now.tm_yday
+                if self._whatsapp is not None and self._service.push_is_due():
                     log.info("pushed to %d users", await self._whatsapp.push_daily(time.time()))
             except Exception:
                 log.exception("recommendations")
@@ -169,7 +165,7 @@ class Web:
         except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         if not all(self._whatsapp.take(one) for one in incoming):
-            raise web.HTTPServiceUnavailable(text="the queue is full, deliver again")
+            raise web.HTTPServiceUnavailable(text="not taken, deliver again")
         return web.Response(text="ok")
 
 

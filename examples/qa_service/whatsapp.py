@@ -15,19 +15,23 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import aiohttp
-from examples.qa_service.service import DAILY, Answer, QaService, RefusedError
+from examples.qa_service.service import DAILY, QaService, RefusedError
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_CHARS = 1024  # of a message with buttons
 WINDOW_S = 23 * 3600.0
-QUEUE = 1000
+QUEUE = 1000  # messages that wait for an answer, on disk
+WAIT_S = 6 * 3600.0  # a message that waited longer is not answered any more
+TRIES = 5
+TRY_AGAIN_S = 60.0
 WORKERS = 8
 OFFERED_USERS = 10_000  # whose last buttons are remembered
+OFFERS_AT_ONCE = 200  # answers whose follow-ups are waited for
 FOLLOWUP_WAITS_S = (2.0, 4.0, 8.0)
 
 
@@ -91,16 +95,36 @@ def _incoming(one: dict[str, Any], names: dict[Any, str]) -> Incoming | None:
     return Incoming(str(one["id"]), user, name, str(reply.get("title", "")), str(reply["id"]))
 
 
-class WhatsApp:
-    """Takes deliveries into a bounded queue at once, answers them in the background.
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """The reply to a message. question: whose follow-ups come next; 0: none."""
 
-    Life: construct, ``run`` in a task; ``close`` at the end.
+    text: str
+    question: int = 0
+
+    @property
+    def buttons(self) -> list[tuple[str, str]]:
+        return [(f"better:{self.question}", "Get better answer")] if self.question else []
+
+
+class WhatsApp:
+    """Writes messages down before they are acknowledged, answers them in the background.
+
+    A message is done when its answer was sent; what a crash or a failure leaves is tried again,
+    so that an answer may come twice and is not lost. No failure ends a worker; ``failures`` counts
+    them. Life: construct, ``run`` in a task; ``close`` at the end.
     """
 
     def __init__(self, settings: Settings, service: QaService) -> None:
         self.settings = settings
         self._service = service
-        self._queue: asyncio.Queue[Incoming] = asyncio.Queue(QUEUE)
+        self._store = service.store
+        self._queue: asyncio.Queue[str] = asyncio.Queue()  # ids; the store bounds their number
+        self._held: set[str] = set()  # in the queue or at a worker
+        self._sent: set[str] = set()  # answered, and the store does not know yet
+        self._tasks: asyncio.TaskGroup | None = None  # None: nobody works
+        self._offers = 0
+        self.failures = 0
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {settings.token}"},
             timeout=aiohttp.ClientTimeout(total=20),
@@ -111,61 +135,125 @@ class WhatsApp:
         await self._http.close()
 
     def take(self, incoming: Incoming) -> bool:
-        """False: the queue is full; Meta delivers again."""
-        if self._queue.full():
+        """Whether the message is written down; if not, Meta shall deliver it again."""
+        if self._tasks is None:
             return False
-        if self._service.store.first_delivery(incoming.id, time.time()):
-            self._queue.put_nowait(incoming)
+        try:
+            if self._store.delivered(incoming.id):
+                return True
+            if self._store.count_waiting() >= QUEUE:
+                return False
+            self._store.accept(incoming.id, json.dumps(asdict(incoming)), time.time())
+        except Exception:  # noqa: BLE001  it is logged and counted
+            self._failed("a message was not taken")
+            return False
+        self._enqueue(incoming.id)
         return True
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for number in range(WORKERS):
-                tasks.create_task(self._work(), name=f"whatsapp {number}")
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for number in range(WORKERS):
+                    self._tasks.create_task(self._work(), name=f"whatsapp {number}")
+                while True:
+                    self.take_up(time.time())
+                    await asyncio.sleep(TRY_AGAIN_S)
+        finally:
+            self._tasks = None
+
+    def take_up(self, now: float) -> None:
+        """Queue what waits and nobody works at: left by a crash, or failed before."""
+        try:
+            for message_id in list(self._sent):
+                self._store.done(message_id)
+                self._sent.discard(message_id)
+            expired = self._store.expire(now - WAIT_S)
+            if expired:
+                log.warning("%d messages waited too long, not answered", expired)
+            for message_id in self._store.waiting():
+                self._enqueue(message_id)
+        except Exception:  # noqa: BLE001  it is logged and counted
+            self._failed("what waits cannot be read")
+
+    def _enqueue(self, message_id: str) -> None:
+        if message_id not in self._held:
+            self._held.add(message_id)
+            self._queue.put_nowait(message_id)
+
+    def _failed(self, what: str) -> None:
+        self.failures += 1
+        log.exception("%s (failure %d)", what, self.failures)
 
     async def _work(self) -> None:
         while True:
-            incoming = await self._queue.get()
+            message_id = await self._queue.get()
             try:
-                await self._answer(incoming)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                log.warning("not delivered to WhatsApp: %s", error)
+                await self._answer(message_id)
+            except Exception:  # noqa: BLE001  it is logged and counted
+                self._failed("a message was not answered")
+            finally:
+                self._held.discard(message_id)
 
-    async def _answer(self, incoming: Incoming) -> None:
+    async def _answer(self, message_id: str) -> None:
+        pending = None if message_id in self._sent else self._store.begin(message_id)
+        if pending is None:
+            return
+        if pending.tries > TRIES:
+            log.warning("a message failed %d times, not answered", TRIES)
+            self._store.done(message_id)
+            return
+        incoming = Incoming(**json.loads(pending.message))
+        if pending.reply:
+            outgoing = Outgoing(**json.loads(pending.reply))
+        else:
+            outgoing = await self._reply(incoming)
+            self._store.replied(message_id, json.dumps(asdict(outgoing)))
+        await self._say(incoming.user, outgoing.text, outgoing.buttons)
+        self._sent.add(message_id)
+        self._store.done(message_id)
+        self._sent.discard(message_id)
+        if outgoing.question and self._tasks is not None and self._offers < OFFERS_AT_ONCE:
+            self._offers += 1
+            self._tasks.create_task(self._offer(incoming.user, outgoing.question))
+
+    async def _reply(self, incoming: Incoming) -> Outgoing:
         user = f"wa-{incoming.user}"
         kind, _, rest = incoming.button.partition(":")
         service = self._service
         try:
             if kind == "better" and rest.isdigit():
-                answer = await service.better(user, int(rest))
-                await self._say(incoming.user, answer.text)
-                return
+                return Outgoing((await service.better(user, int(rest))).text)
             if kind == "daily" and rest.isdigit():
                 answer = await service.open_recommendation(user, int(rest), name=incoming.name)
             else:
                 tapped = self._offered.get(incoming.user, {}).get(incoming.button, "")
                 if incoming.button and not tapped:
-                    await self._say(incoming.user, "That button is too old. Please type it.")
-                    return
+                    return Outgoing("That button is too old. Please type it.")
                 answer = await service.ask(
                     user, tapped or incoming.text, name=incoming.name, typed=not tapped
                 )
         except RefusedError as refused:
-            await self._say(incoming.user, str(refused))
-            return
-        await self._say(incoming.user, answer.text, [(f"better:{answer.id}", "Get better answer")])
-        await self._offer(incoming.user, user, answer)
+            return Outgoing(str(refused))
+        return Outgoing(answer.text, answer.id)
 
-    async def _offer(self, number: str, user: str, answer: Answer) -> None:
+    async def _offer(self, number: str, question: int) -> None:
+        try:
+            await self._offer_followups(number, question)
+        except Exception:  # noqa: BLE001  it is logged and counted
+            self._failed("follow-ups were not offered")
+        finally:
+            self._offers -= 1
+
+    async def _offer_followups(self, number: str, question: int) -> None:
         """Follow-ups as buttons 1 to 3, when they have been answered; none after a while."""
         for wait in FOLLOWUP_WAITS_S:
             await asyncio.sleep(wait)
-            questions = await self._service.followups(user, answer.id)
+            questions = await self._service.followups(f"wa-{number}", question)
             if questions:
                 break
         else:
             return
-        offered = {f"ask:{answer.id}:{place}": text for place, text in enumerate(questions, 1)}
+        offered = {f"ask:{question}:{place}": text for place, text in enumerate(questions, 1)}
         self._offered[number] = offered
         self._offered.move_to_end(number)
         if len(self._offered) > OFFERED_USERS:
@@ -217,5 +305,7 @@ class WhatsApp:
             body |= {"type": "text", "text": {"body": text[:4096]}}
         url = f"{self.settings.graph}/{self.settings.phone_number_id}/messages"
         async with self._http.post(url, json=body) as response:
+            if response.status == 429 or response.status >= 500:
+                response.raise_for_status()
             if response.status >= 400:
                 log.warning("WhatsApp refused a message: %s", (await response.text())[:300])

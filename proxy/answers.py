@@ -28,7 +28,7 @@ from intentd.proxy.keys import Key
 from intentd.proxy.outgoing import WholeResponse
 from intentd.proxy.reading import RequestLog
 from intentd.proxy.responses import Continuation
-from intentd.proxy.service import FIXED, quota_rules, restricted
+from intentd.proxy.service import FIXED, QUALITY, quota_rules, restricted
 from intentd.proxy.store.base import Turn
 from intentd.proxy.streams import (
     Sink,
@@ -62,13 +62,24 @@ class Answers:
         self._feedback = feedback
 
     async def converse(
-        self, request: web.BaseRequest, call: Call, exchange: Exchange, dialect: Dialect
+        self,
+        request: web.BaseRequest,
+        call: Call,
+        exchange: Exchange,
+        dialect: Dialect,
+        raw: bytes,
+        read: native.Reader,
     ) -> web.StreamResponse:
-        """A chat: as it is to the model it names, or by a service type."""
+        """A chat: as it is to the model it names, or by a service type. raw: the client's body;
+        read: what made the call of it."""
         conversation, options = self._wishes(request, call)
         passes = call.service_type == FIXED and not conversation and not options
         if passes and not self._fixed_is_cached(call):
-            return await self.pass_through(request, call, exchange, dialect)
+            response = await self.pass_through(request, call, exchange, dialect)
+            self.memory.keep_passed(
+                exchange.request_id, exchange.key.key_id, exchange.model, raw, read
+            )
+            return response
         if call.service_type == FIXED:
             self._named_model(call, exchange.key)
             options = {"model": call.model, **options}
@@ -155,14 +166,18 @@ class Answers:
         wait_s = self._engine.section.total_timeout_s
         alone = self.memory.alone(wanted.request_id, exchange.key.key_id, wait_s)
         async with alone as before:
-            yield await self._again(wanted, before)
+            yield await self._again(wanted, before, exchange.key.grants.service_types)
 
     async def _again(
-        self, wanted: native.Regenerate, before: native.Remembered
+        self, wanted: native.Regenerate, before: native.Remembered, granted: tuple[str, ...]
     ) -> tuple[native.Asked, native.Remembered]:
+        """granted: the service types of the key; none is all."""
         options = {**before.asked.options, **wanted.options}
         name = wanted.service_type or before.asked.service_type
-        if wanted.service_type and wanted.service_type != before.asked.service_type:
+        better = QUALITY in self.types and (not granted or QUALITY in granted)
+        if before.passed and better and not wanted.service_type:
+            name = QUALITY  # no pipeline has run that could go a step further
+        if name != before.asked.service_type:
             options = wanted.options  # those of the other type may mean nothing here
         asked = native.Asked(name, before.asked.request, options)
         newest, key_id = before.ids[-1], before.key_id

@@ -1,7 +1,7 @@
 """Requests as the dissertation's table 4.2 has them, and chats that name a service type: readers.
 
-Both become one pipeline request. What is remembered for ``regenerate`` lives in memory, bounded;
-a restart forgets it.
+Both become one pipeline request, and so do chats that passed as they are, once they are asked for
+again. What is remembered for ``regenerate`` lives in memory, bounded; a restart forgets it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,9 +20,12 @@ from intentd.core.prompts.pipeline import Request
 from intentd.proxy.call import Call
 from intentd.proxy.dialects.openai_chat import MAX_TOKENS, integer, read_object
 from intentd.proxy.errors import ApiError, bad_field, shown
+from intentd.proxy.service import FIXED
 
 CONVERSATION_HEADER: Final = "X-Intentd-Conversation"
 MAX_REMEMBERED_BYTES: Final = 64 << 20
+MAX_PASSED_BYTES: Final = 16 << 20
+MAX_PASSED_BODY_BYTES: Final = 1 << 20
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}\Z")
 _OWN_FIELDS: Final = frozenset(
     {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"}
@@ -57,6 +60,7 @@ class Remembered:
 
     ids, models: of its answers, oldest first; every id leads to the turn. cached: the newest one
     was a stored one. sequence: the turn's place in its conversation. joined: it is in there.
+    passed: a chat that no service type has worked on yet.
     """
 
     key_id: str
@@ -66,6 +70,7 @@ class Remembered:
     cached: bool = False
     sequence: int = 0
     joined: bool = False
+    passed: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -98,9 +103,12 @@ def held_bytes(value: Any) -> int:
     return total
 
 
+Reader = Callable[[bytes, str], Call]
+
+
 class Memory:
     """The last turns by the ids of their answers, bounded in number and bytes; the oldest go
-    first."""
+    first. Of chats that passed as they are only the body is held, and read when it is needed."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -108,6 +116,35 @@ class Memory:
         self._turn_of: dict[str, str] = {}  # the first answer's id, by that of each
         self._working: dict[str, tuple[asyncio.Lock, int]] = {}
         self.size_bytes = 0
+        self._passed: OrderedDict[str, tuple[str, str, bytes, Reader]] = OrderedDict()
+        self.passed_bytes = 0
+
+    def keep_passed(
+        self, request_id: str, key_id: str, model: str, raw: bytes, read: Reader
+    ) -> None:
+        """raw: the body, not copied. read: makes a call of it. Larger bodies are not held."""
+        size_bytes = len(raw)
+        if size_bytes > MAX_PASSED_BODY_BYTES:
+            return
+        passed = self._passed
+        passed[request_id] = (key_id, model, raw, read)
+        self.passed_bytes += size_bytes + FLAT_BYTES
+        while len(passed) > self.most or self.passed_bytes > MAX_PASSED_BYTES:
+            oldest = passed.popitem(last=False)[1]
+            self.passed_bytes -= len(oldest[2]) + FLAT_BYTES
+
+    def _read_passed(self, request_id: str, key_id: str) -> None:
+        """Make a turn of a chat that passed. Raises ApiError for one no service type takes."""
+        found = self._passed.get(request_id)
+        if found is None or found[0] != key_id:
+            return
+        _, model, raw, read = found
+        call = read(raw, "")
+        call.service_type = FIXED
+        asked = chat_request(call, "", {"model": call.model})
+        del self._passed[request_id]
+        self.passed_bytes -= len(raw) + FLAT_BYTES
+        self.keep(Remembered(key_id, asked, (request_id,), (model,), passed=True))
 
     def keep(self, turn: Remembered) -> None:
         first, size_bytes = turn.ids[0], turn.size_bytes
@@ -153,11 +190,12 @@ class Memory:
 
     def find(self, request_id: str, key_id: str) -> Remembered:
         """Raises ApiError 404."""
+        self._read_passed(request_id, key_id)
         found, _ = self._turns.get(self._turn_of.get(request_id, ""), (None, 0))
         if found is None or found.key_id != key_id:
             raise ApiError(
                 404,
-                f"id: got {shown(request_id)}, expected a recent answer of a service type",
+                f"id: got {shown(request_id)}, expected a recent answer of a chat or /v1/request",
                 param="id",
             )
         return found

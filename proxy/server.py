@@ -329,13 +329,15 @@ class Api:
         return generate
 
     async def _chat(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        call = openai_chat.read_chat(await self._body(request), _service_header(request))
-        return await self.answers.converse(request, call, exchange, CHAT)
+        raw, read = await self._body(request), openai_chat.read_chat
+        call = read(raw, _service_header(request))
+        return await self.answers.converse(request, call, exchange, CHAT, raw, read)
 
     async def _messages(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         """Anthropic's API."""
-        call = anthropic.read_messages(await self._body(request), _service_header(request))
-        return await self.answers.converse(request, call, exchange, anthropic.MESSAGES)
+        raw, read = await self._body(request), anthropic.read_messages
+        call = read(raw, _service_header(request))
+        return await self.answers.converse(request, call, exchange, anthropic.MESSAGES, raw, read)
 
     async def _count_tokens(
         self, request: web.BaseRequest, exchange: Exchange

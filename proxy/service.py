@@ -19,6 +19,7 @@ from intentd.core.prompts.service_types import (
 )
 
 FIXED: Final = "fixed"
+QUALITY: Final = "quality"
 # What these promise needs a cache with an embedder, a cache to prefetch into, a trained router.
 _NEEDS_EMBEDDER: Final = "smart_cache"
 _NEEDS_CACHE: Final = ("smart_cache", "latency")

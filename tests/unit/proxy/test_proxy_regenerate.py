@@ -16,6 +16,7 @@ from intentd.daemons.kit.store import Store
 from intentd.proxy import native
 from intentd.proxy.config import ConversationsSection
 from intentd.proxy.conversations import Conversations
+from intentd.proxy.dialects import openai_chat
 from intentd.proxy.errors import ApiError
 from intentd.proxy.store.base import Turn
 from intentd.proxy.store.sqlite import MIGRATIONS
@@ -194,3 +195,50 @@ async def test_reloads_count_the_calls_that_run(site: Any) -> None:
     assert [(await one)[0] for one in (first, second)] == [200, 200]
     assert site.provider.most_open == 1
     assert proxy.api.engine.models["m"].places.taken == 0
+
+
+# -- chats that passed as they are -----------------------------------------------------------------
+
+
+async def test_a_chat_that_passed_can_be_answered_better(site: Any) -> None:
+    await site.start(models=pool(site))
+    site.provider.words_for = lambda body: (f"said by {body['model']}",)
+    status, answer, headers = await site.chat(model="tiny")
+    assert status == 200, answer
+    first = headers["X-Intentd-Request-Id"]
+    same = await again(site, first, service_type="fixed")
+    assert same["metadata"]["model"] == "tiny"
+    _, _, headers = await site.chat(model="tiny")
+    better = await again(site, headers["X-Intentd-Request-Id"])
+    assert (better["response"], better["metadata"]["service_type"]) == ("said by up-big", "quality")
+    assert better["metadata"]["regenerates"] == headers["X-Intentd-Request-Id"]
+    assert site.provider.requests[-1]["messages"] == site.provider.requests[-2]["messages"]
+    _, _, headers = await site.chat(model="mid")
+    cheap = await again(site, headers["X-Intentd-Request-Id"], service_type="cost")
+    assert cheap["metadata"]["model"] == "mid"  # never cheaper than what answered
+    _, _, headers = await site.chat(model="tiny", n=2)
+    wanted = {"id": headers["X-Intentd-Request-Id"]}
+    status, answer, _ = await site.post("/v1/regenerate", wanted)
+    assert (status, answer["error"]["param"]) == (400, "n")
+    status, answer, _ = await site.post("/v1/regenerate", {"id": "req_none"})
+    assert status == 404
+    assert "/v1/request" in answer["error"]["message"]
+
+
+def test_bodies_of_passed_chats_are_held_within_bounds() -> None:
+    memory = native.Memory(100)
+    raw = b'{"model": "m", "messages": [{"role": "user", "content": "%s"}]}' % (b"x" * 500_000)
+    for number in range(60):
+        memory.keep_passed(f"r{number}", "k", "m", raw, openai_chat.read_chat)
+    assert 15_000_000 < memory.passed_bytes <= native.MAX_PASSED_BYTES
+    for number in range(200):
+        memory.keep_passed(f"s{number}", "k", "m", raw[:0], openai_chat.read_chat)
+    assert memory.passed_bytes == 100 * native.FLAT_BYTES
+    memory.keep_passed("big", "k", "m", raw * 3, openai_chat.read_chat)
+    memory.keep_passed("last", "k", "m", raw, openai_chat.read_chat)
+    for name, key in (("r59", "k"), ("big", "k"), ("last", "other")):
+        with pytest.raises(ApiError):
+            memory.find(name, key)
+    assert memory.find("last", "k").asked.options == {"model": "m"}
+    assert memory.passed_bytes == 99 * native.FLAT_BYTES
+    assert memory.find("last", "k") is memory.find("last", "k")

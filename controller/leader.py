@@ -235,6 +235,7 @@ class Leadership:
                         self._enter(LeaderState.LEADING, "")
                     else:
                         self._enter(LeaderState.STANDBY, "another controller leads")
+                async with asyncio.timeout(self.lease_s):  # it says that it leads no longer
                     await self._tell()
                 if mine:
                     return PostgresStore(

@@ -222,6 +222,7 @@ def test_a_planned_restart_of_the_sequencer_keeps_the_turns(
     """As under a service manager: who holds a turn keeps it, who waits starts in order, by a FIN
     that comes while the sequencer is away, or when it is back."""
     sequencer, agents, clients = suite
+    sequencer.until(lambda detail: not detail["recovering"])
     epoch = sequencer.admin.call("status")["detail"]["epoch"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))

@@ -246,7 +246,7 @@ async def test_a_controller_stops_in_order_though_the_database_stands_still(
                 asyncio.create_task(one.admin.acall("policy_set", document=document))
                 for _ in range(3)
             ]
-            while not leads and "leads no more" not in one.log.read_text():  # noqa: ASYNC110
+            while not leads and '"was": "leading"' not in one.log.read_text():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         one.send(signal.SIGTERM)
         code = await asyncio.to_thread(one.ended)

@@ -6,7 +6,9 @@ the caches: each call and object before the GRANT costs microseconds, not nanose
 
 It holds no policy. Which flow goes first is the gate's decision (``core.flows``), the same object
 that the simulator drives; here are only names, bounds, records and measuring. Nothing awaits:
-every call runs to its end on the loop, with the clock's ``now`` read once.
+every call runs to its end on the loop, with the clock's ``now`` read once. One table of flows that
+every message and every timer reads and changes, hence one long module; domains, the board and
+measures lie beside it.
 """
 
 from __future__ import annotations
